@@ -1,0 +1,62 @@
+"""`y = x Wᵀ + b` for weights kept as int8 codes or as float16: tensors in, tensors out."""
+
+import torch
+from torch import Tensor
+
+from mono_quant_hf.kernels import portable
+
+__all__ = ["expand", "linear"]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`x Wᵀ + b` with `W = (weight - zero_point) * scale`, or `W = weight` for a float16 weight.
+
+    Args:
+        x: [..., K], any floating dtype.
+        weight: [N, K], int8 codes, or float16.
+        scale: [N, 1] float32 for int8 codes; None for float16.
+        zero_point: [N, 1] int8, or None for symmetric codes.
+        bias: [N] floating, or None.
+
+    Returns:
+        [..., N] in the dtype of `x`, with and without autocast.
+
+    Raises:
+        TypeError: `x` is not floating.
+
+    Weight, scale and zero-point are constants: gradients flow to `x` and to `bias`, exactly those of the
+    dequantized weight, which is not kept between forward and backward.
+
+    Example:
+        >>> codes = torch.tensor([[10, -20], [0, 127]], dtype=torch.int8)
+        >>> linear(torch.ones(1, 2), codes, scale=torch.tensor([[0.5], [1.0]]))
+        tensor([[ -5., 127.]])
+    """
+    if not x.is_floating_point():
+        raise TypeError(
+            f"the input of a quantized linear must be floating, got {x.dtype}: convert it to float32, bfloat16 "
+            f"or float16, and look for what cast it to the dtype of the quantized weight ({weight.dtype})"
+        )
+    return portable.linear(x, weight, scale, zero_point, bias)
+
+
+def expand(
+    weight: Tensor,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The float weight `(weight - zero_point) * scale` in `dtype`, of any number of dimensions.
+
+    Example:
+        >>> codes = torch.tensor([[-128, 127]], dtype=torch.int8)
+        >>> expand(codes, torch.tensor([[0.1]]), torch.tensor([[-128]], dtype=torch.int8))
+        tensor([[ 0.0000, 25.5000]])
+    """
+    return portable.expand(weight, scale, zero_point, dtype)

@@ -1,0 +1,86 @@
+"""The portable way: expand the codes to floats, then torch's own matmul.
+
+Right on every device and dtype torch knows, `meta` included, and plain enough for a compiler to fuse. It is
+the reference that the faster ways are tested against, and what they fall back to.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def expand(
+    weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`(weight - zero_point) * scale`, computed in float32 (float64 when that is asked for), then cast.
+
+    Code and zero-point are subtracted before anything is rounded, and the scale is applied before any matmul:
+    a half-precision result can only overflow where the true weight does.
+    """
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    if scale is None:
+        return weight.to(dtype)
+    full = weight.to(work)
+    if zero_point is not None:
+        full = full - zero_point.to(work)
+    return (full * scale.to(work)).to(dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype the matmul runs in: float32 for half precision on a CPU, whose half matmuls are slow."""
+    if x.device.type == "cpu" and x.dtype != torch.float64:
+        return torch.float32
+    return x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast changes nothing on `device` (free when it is off already)."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def forward(
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`x Wᵀ + b` on the expanded weight, in x's dtype. No gradient: see `backward`."""
+    dtype = compute_dtype(x)
+    with without_autocast(x.device):
+        full = expand(weight, scale, zero_point, dtype)
+        return functional.linear(x.to(dtype), full, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+    """The gradient to x, `grad W`, from a fresh expansion: nothing expanded was kept since the forward."""
+    dtype = compute_dtype(grad)
+    with without_autocast(grad.device):
+        return (grad.to(dtype) @ expand(weight, scale, zero_point, dtype)).to(grad.dtype)
+
+
+class PortableLinear(torch.autograd.Function):
+    """Keeps the codes, not the expanded weight, from forward to backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, zero_point, bias):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return forward(x, weight, scale, zero_point, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        weight, scale, zero_point = ctx.saved_tensors
+        to_x = backward(grad, weight, scale, zero_point) if ctx.needs_input_grad[0] else None
+        to_bias = None
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return to_x, None, None, None, to_bias
+
+
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The portable way with its gradient to x and to the bias."""
+    return PortableLinear.apply(x, weight, scale, zero_point, bias)
