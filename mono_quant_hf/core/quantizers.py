@@ -20,7 +20,9 @@ def quantize_to_codes(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round a weight to per-channel int8 codes: `codes = clamp(round(weight / scale) + zero_point)`.
 
-    Rounding is to the nearest, ties to even, in float32, and gives the codes of `torch.quantize_per_channel`.
+    Rounding is to the nearest, ties to even, in float32, as in `torch.ops.quantized_decomposed`. The older
+    `torch.quantize_per_channel` adds the zero-point before it rounds, and so may give the other neighbour where a
+    weight lies exactly between two codes.
 
     Args:
         weight: floating-point, any shape with at least one dimension and no empty one.

@@ -1,0 +1,187 @@
+"""`MonoQuantConfig`: what to quantize and how, as plain data that lives in a model's config.json."""
+
+import copy
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+QUANT_METHOD = "mono_quant"
+FORMAT_VERSION = 1
+"""Version of the tensors on disk. A checkpoint of a newer version is refused rather than misread."""
+
+WEIGHT_TYPES = ("int8", "float16")
+OVERRIDE_WEIGHT_TYPES = (*WEIGHT_TYPES, "float")
+
+
+class MonoQuantConfig(QuantizationConfigMixin):
+    """How `from_pretrained` and `quantize_model` quantize a model's weights.
+
+    Every field is checked when it is set, here or later.
+
+    Args:
+        weights: `"int8"` (codes with a float32 scale per output channel) or `"float16"` (a cast).
+        symmetric: int8 only. False, the default, adds an int8 zero-point per output channel and uses all 256 codes;
+            True keeps 0 at code 0, which other engines read more readily.
+        modules_to_not_convert: names of modules to leave in float, in addition to those that always are (the output
+            head and tied weights). As everywhere in transformers, a name matches from the start (`"model.layers.0"`),
+            as a regular expression from the start, or as a suffix (`"down_proj"`).
+        module_overrides: `{pattern: {"weights": ..., "symmetric": ...}}` for single modules; the first pattern that
+            matches decides. A pattern is a glob on the full module name (`"model.layers.*.mlp.*"`), or with `re:` in
+            front a regular expression on it. `weights` is `"int8"`, `"float16"` or `"float"` (leave alone).
+        format_version: version of the format on disk; set by the package.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was given and what is allowed.
+
+    Example:
+        >>> MonoQuantConfig().weights, MonoQuantConfig(weights="float16").to_dict()["weights"]
+        ('int8', 'float16')
+        >>> MonoQuantConfig(weights="int7")
+        Traceback (most recent call last):
+            ...
+        ValueError: MonoQuantConfig: weights='int7' is not supported; choose one of 'int8', 'float16'.
+    """
+
+    quant_method = QUANT_METHOD
+
+    weights: str
+    symmetric: bool
+    modules_to_not_convert: list[str] | None
+    module_overrides: dict[str, dict[str, Any]] | None
+    format_version: int
+
+    def __init__(
+        self,
+        weights: str = "int8",
+        symmetric: bool = False,
+        modules_to_not_convert: list[str] | None = None,
+        module_overrides: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ):
+        # config.json carries the method beside the fields; anything else here is a mistake.
+        quant_method = unknown.pop("quant_method", QUANT_METHOD)
+        if quant_method != QUANT_METHOD:
+            raise ValueError(f"MonoQuantConfig: quant_method is {QUANT_METHOD!r}, not {quant_method!r}.")
+        if unknown:
+            raise TypeError(_describe_unknown(sorted(unknown)[0], format_version))
+        self.weights = weights
+        self.symmetric = symmetric
+        self.modules_to_not_convert = modules_to_not_convert
+        self.module_overrides = module_overrides
+        self.format_version = format_version
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in FIELDS:
+            raise AttributeError(_describe_unknown(name, FORMAT_VERSION))
+        super().__setattr__(name, FIELDS[name](name, value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MonoQuantConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, compared by value
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Make a config of the dictionary in a config.json; `kwargs` that name fields replace its values."""
+        known = {name: value for name, value in kwargs.items() if name in FIELDS}
+        config = cls(**{**config_dict, **known})
+        unused = {name: value for name, value in kwargs.items() if name not in FIELDS}
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole config as JSON data, `quant_method` included."""
+        return {"quant_method": self.quant_method, **copy.deepcopy(self.__dict__)}
+
+
+def _describe_unknown(name: str, format_version: Any) -> str:
+    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    newer = isinstance(format_version, int) and format_version > FORMAT_VERSION
+    remedy = "upgrade mono_quant_hf, the config is of a newer version" if newer else f"{hint}the fields are"
+    fields = "" if newer else " " + ", ".join(FIELDS)
+    return f"MonoQuantConfig has no field {name!r}; {remedy}{fields}."
+
+
+def _one_of(*allowed: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError(f"MonoQuantConfig: {name} must be a string, not {type(value).__name__} ({value!r}).")
+        if value not in allowed:
+            choices = ", ".join(map(repr, allowed))
+            raise ValueError(f"MonoQuantConfig: {name}={value!r} is not supported; choose one of {choices}.")
+        return value
+
+    return check
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"MonoQuantConfig: {name} must be True or False, not {value!r}.")
+    return value
+
+
+def _module_names(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
+        raise TypeError(f"MonoQuantConfig: {name} must be a list of module names or None, not {value!r}.")
+    for item in value:
+        if not isinstance(item, str) or not item:
+            raise TypeError(f"MonoQuantConfig: {name} holds {item!r}; every entry must be a non-empty module name.")
+        _compiles(name, item, item)
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+def _overrides(name: str, value: Any) -> dict[str, dict[str, Any]] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise TypeError(f"MonoQuantConfig: {name} must be a dict of pattern to settings or None, not {value!r}.")
+    for pattern, override in value.items():
+        if not isinstance(pattern, str) or not pattern:
+            raise TypeError(f"MonoQuantConfig: {name} has the key {pattern!r}; a key is a module name pattern.")
+        if pattern.startswith("re:"):
+            _compiles(name, pattern, pattern.removeprefix("re:"))
+        if not isinstance(override, dict):
+            raise TypeError(f"MonoQuantConfig: {name}[{pattern!r}] must be a dict of settings, not {override!r}.")
+        for setting, chosen in override.items():
+            if setting not in OVERRIDE_FIELDS:
+                allowed = ", ".join(OVERRIDE_FIELDS)
+                raise ValueError(f"MonoQuantConfig: {name}[{pattern!r}] sets {setting!r}; it may set {allowed}.")
+            OVERRIDE_FIELDS[setting](f"{name}[{pattern!r}][{setting!r}]", chosen)
+    return copy.deepcopy(value)
+
+
+def _compiles(name: str, entry: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as problem:
+        raise ValueError(f"MonoQuantConfig: {name} holds {entry!r}, no valid regular expression: {problem}.") from None
+
+
+def _version(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"MonoQuantConfig: {name} must be an integer, not {value!r}.")
+    if not 1 <= value <= FORMAT_VERSION:
+        raise ValueError(
+            f"MonoQuantConfig: {name}={value} is not one that this mono_quant_hf reads (1 to {FORMAT_VERSION}); "
+            "upgrade mono_quant_hf to load a checkpoint of a newer version."
+        )
+    return value
+
+
+OVERRIDE_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "weights": _one_of(*OVERRIDE_WEIGHT_TYPES),
+    "symmetric": _boolean,
+}
+FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "weights": _one_of(*WEIGHT_TYPES),
+    "symmetric": _boolean,
+    "modules_to_not_convert": _module_names,
+    "module_overrides": _overrides,
+    "format_version": _version,
+}

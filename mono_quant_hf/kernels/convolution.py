@@ -1,0 +1,96 @@
+"""Convolutions whose weight is kept as int8 codes or as float16, of one to three dimensions, transposed or not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .portable import compute_dtype, expand, without_autocast
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: Sequence[int] | None = None,
+) -> Tensor:
+    """`torch.convolution` with the weight `(weight - zero_point) * scale`, or a float16 weight.
+
+    Args:
+        x: floating, `[batch, in, *spatial]` or `[in, *spatial]`.
+        weight: int8 codes or float16, `[out, in / groups, *kernel]`; transposed `[in, out / groups, *kernel]`.
+        scale: float32 that broadcasts against the weight; None for float16.
+        zero_point: int8 as the scale, or None for symmetric codes.
+        bias: `[out]` floating, or None.
+        stride, padding, dilation, output_padding: one integer for each spatial dimension.
+        groups: as for `torch.nn.Conv2d`.
+        transposed: as `torch.nn.ConvTranspose2d`.
+
+    Returns:
+        The convolution in the dtype of `x`, with and without autocast. Gradients flow to `x` and to `bias`; the
+        expanded weight is not kept between forward and backward.
+    """
+    spatial = weight.dim() - 2
+    unbatched = x.dim() == spatial + 1
+    batched = x.unsqueeze(0) if unbatched else x
+    geometry = (
+        list(stride),
+        list(padding),
+        list(dilation),
+        transposed,
+        list(output_padding or [0] * spatial),
+        groups,
+    )
+    result = _Convolution.apply(batched, weight, scale, zero_point, bias, geometry)
+    return result.squeeze(0) if unbatched else result
+
+
+class _Convolution(torch.autograd.Function):
+    """Keeps the codes, not the expanded weight, from forward to backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        geometry: tuple[Any, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.geometry = geometry
+        ctx.input_like = (x.shape, x.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        dtype = compute_dtype(x)
+        with without_autocast(x.device):
+            full = expand(weight, scale, zero_point, dtype)
+            cast_bias = None if bias is None else bias.to(dtype)
+            return torch.convolution(x.to(dtype), full, cast_bias, *geometry).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, scale, zero_point = ctx.saved_tensors
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            dtype = compute_dtype(grad)
+            shape, input_dtype = ctx.input_like
+            with without_autocast(grad.device):
+                full = expand(weight, scale, zero_point, dtype)
+                # Only the shape of the input matters for its own gradient.
+                like = torch.empty(1, dtype=dtype, device=grad.device).expand(shape)
+                to_x = torch.ops.aten.convolution_backward(
+                    grad.to(dtype), like, full, None, *ctx.geometry, [True, False, False]
+                )[0].to(input_dtype)
+        if ctx.needs_input_grad[4]:
+            to_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1]).to(ctx.bias_dtype)
+        return to_x, None, None, None, to_bias, None
