@@ -1,0 +1,1 @@
+"""The command `mono-quant-hf`; its entry is `main.main`."""

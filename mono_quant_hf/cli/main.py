@@ -1,0 +1,46 @@
+"""The command line: one parser, one subcommand per module beside this one."""
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+from . import demo
+from .errors import CommandError
+
+PROGRAM = "mono-quant-hf"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser with every subcommand; each sets `run`, which takes the parsed arguments and returns the exit code."""
+    top = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Per-channel INT8 and FP16 weights for Hugging Face transformers.",
+        epilog=f"example: {PROGRAM} demo",
+    )
+    version = importlib.metadata.version(PROGRAM)
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    demo.add_command(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments after the program's name; those of the process by default.
+
+    Returns:
+        the exit code: 0, 1 where what was checked does not hold, 2 for a mistake of the user's.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except CommandError as problem:
+        print(f"{PROGRAM}: error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    return code
