@@ -1,7 +1,8 @@
 """Install PyTorch into the running environment, as a CPU build where the machine has no NVIDIA GPU.
 
-On most platforms pip chooses a fitting build by itself. On Linux it may choose one that brings several GB of CUDA
-libraries along; where no GPU could use them, uv is asked instead, which knows where PyTorch keeps its CPU builds.
+On most platforms pip chooses a fitting build by itself. On Linux it may choose one that brings several GB of
+CUDA libraries along; where no GPU could use them, uv is asked instead, which knows where PyTorch keeps its
+CPU builds.
 
 Usage: python .ci/install_torch.py 'torch==2.13.0'
 """
@@ -58,13 +59,9 @@ def gpu_packages(metadata: dict[str, Any]) -> list[str]:
 
 
 def choice_of_pip(requirement: Requirement) -> dict[str, Any] | None:
-    """Metadata of the wheel that pip would install; None where it finds none. Only the metadata is fetched."""
-    report = subprocess.run(
-        pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", str(requirement)),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    """Metadata of the wheel that pip would install, without fetching it; None where pip finds none."""
+    command = pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-")
+    report = subprocess.run([*command, str(requirement)], stdout=subprocess.PIPE, text=True, check=False)
     if report.returncode != 0:
         return None
     chosen: dict[str, Any] = json.loads(report.stdout)["install"][0]["metadata"]

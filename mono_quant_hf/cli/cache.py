@@ -9,7 +9,7 @@ VARIABLE = "MONO_QUANT_HF_CACHE"
 
 
 def cache_folder() -> Path:
-    """`$MONO_QUANT_HF_CACHE`, else `mono_quant_hf` in `$XDG_CACHE_HOME`, else in `~/.cache`. It may not exist yet."""
+    """`$MONO_QUANT_HF_CACHE`, else `mono_quant_hf` in `$XDG_CACHE_HOME` or `~/.cache`; may not exist yet."""
     if own := os.environ.get(VARIABLE):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -19,8 +19,8 @@ def cache_folder() -> Path:
 def prepared(name: str, build: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, filled by `build` unless it is there already.
 
-    It is built aside and then renamed, so that it is there whole or not at all, whatever fails and however many
-    processes prepare it at once.
+    It is built aside and then renamed, so that it is there whole or not at all, whatever fails and however
+    many processes prepare it at once.
 
     Args:
         name: of the folder; it should change when what `build` writes changes.

