@@ -166,6 +166,12 @@ class QuantizedModule(nn.Module):
         names = [name + suffix for name in self.weight_axes for suffix in ("", "_scale", "_zero_point")]
         return [name for name in names if self._parameters.get(name) is not None]
 
+    def storage_dtype(self, name: str) -> torch.dtype:
+        """The dtype that one of `storage_names` must have."""
+        if name in self.weight_axes:
+            return STORAGE_DTYPES[self.weights]
+        return torch.float32 if name.endswith("_scale") else torch.int8
+
     def check_input(self, x: Tensor) -> None:
         """Refuse an input that is not floating-point: with int8 codes it is most likely a cast gone wrong."""
         if not x.is_floating_point():

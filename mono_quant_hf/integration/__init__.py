@@ -1,0 +1,7 @@
+"""Where the package meets transformers: loading, saving, and the choice of modules."""
+
+from .in_memory import quantize_model
+from .quantizer import MonoQuantHfQuantizer
+from .selection import Decision, quantized_share
+
+__all__ = ["Decision", "MonoQuantHfQuantizer", "quantize_model", "quantized_share"]

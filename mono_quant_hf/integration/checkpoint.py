@@ -1,0 +1,110 @@
+"""What a quantized checkpoint on disk holds, read from the headers of its safetensors files, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from mono_quant_hf.modules import QuantizedModule
+
+from .selection import Decision
+
+_STORED_DTYPES = {"I8": "int8", "F16": "float16"}
+_COMPANION_DTYPES = {"_scale": "F32", "_zero_point": "I8"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Header entry of one tensor: where it is, its safetensors dtype (`"I8"`, `"F32"`, ...) and its shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint by name.
+
+    Raises:
+        ValueError: a file is missing, truncated or no safetensors file, or a tensor is in two files; names the file.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{file} is no safetensors file; a mono_quant checkpoint is saved as safetensors only.")
+        if not Path(file).is_file():
+            raise ValueError(f"{file} is missing; the checkpoint is incomplete, download or save it again.")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  not a dict
+                    if name in stored:
+                        raise ValueError(f"{name} is both in {stored[name].file} and in {file}; save the model again.")
+                    part = tensors.get_slice(name)
+                    stored[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
+        except SafetensorError as problem:
+            raise ValueError(f"{file} is damaged ({problem}); download or save it again.") from problem
+    return stored
+
+
+def decide_by_checkpoint(
+    decisions: list[Decision], stored: dict[str, StoredTensor], aliases: Callable[[str], list[str]]
+) -> list[Decision]:
+    """Let the checkpoint have the last word on which modules are quantized.
+
+    The config's patterns speak of the module names of the class that was saved; another class (the base model, say)
+    may name or skip modules differently. Modules that the checkpoint does not name stay as the config decided.
+    """
+    revised = []
+    for decision in decisions:
+        key = next((f"{a}.weight" for a in aliases(decision.module) if f"{a}.weight" in stored), None)
+        if key is not None:
+            dtype = stored[key].dtype
+            if dtype == "I8":
+                symmetric = f"{key}_zero_point" not in stored and decision.symmetric is not False
+                decision = replace(decision, weights="int8", symmetric=symmetric)
+            elif decision.quantized and _STORED_DTYPES.get(dtype) != decision.weights:
+                decision = decision.left_in_float("float in the checkpoint")
+        revised.append(decision)
+    return revised
+
+
+def check_stored_tensors(
+    model: nn.Module, stored: dict[str, StoredTensor], aliases: Callable[[str], list[str]]
+) -> None:
+    """Compare the headers with the quantized modules that will hold the tensors.
+
+    Raises:
+        ValueError: a scale or zero-point is missing, or a tensor has the wrong dtype or shape; names file and tensor.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedModule):
+            continue
+        for weight in module.weight_axes:
+            key = next((f"{a}.{weight}" for a in aliases(name) if f"{a}.{weight}" in stored), None)
+            if key is None:
+                continue
+            for suffix, dtype in _COMPANION_DTYPES.items():
+                parameter = module._parameters.get(weight + suffix)
+                if parameter is None:
+                    continue
+                found = stored.get(key + suffix)
+                if found is None:
+                    raise ValueError(
+                        f"{key}{suffix} is missing from the checkpoint, whose {key} (in {stored[key].file}) holds "
+                        "int8 codes; save the quantized model again."
+                    )
+                if found.dtype != dtype or found.shape != tuple(parameter.shape):
+                    raise ValueError(
+                        f"{key}{suffix} in {found.file} is {found.dtype} {list(found.shape)} where the model needs "
+                        f"{dtype} {list(parameter.shape)}; save the quantized model again."
+                    )
+            expected = tuple(module.get_parameter(weight).shape)
+            if stored[key].shape != expected:
+                raise ValueError(
+                    f"{key} in {stored[key].file} has shape {list(stored[key].shape)} where the model has "
+                    f"{list(expected)}; is it the checkpoint of another model?"
+                )

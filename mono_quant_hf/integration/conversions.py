@@ -1,0 +1,68 @@
+"""The operations that transformers' checkpoint loader runs on the tensors of quantized modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+
+from mono_quant_hf.modules import QuantizedModule
+
+if TYPE_CHECKING:
+    from .quantizer import MonoQuantHfQuantizer
+
+
+class PassThrough(ConversionOps):
+    """Changes nothing, but is an operation: the loader then writes the tensors of disk-offloaded modules anew.
+
+    For a parameter without operations the loader points the offload index at the checkpoint, where it is still
+    float; the codes made of it would be forgotten.
+    """
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        return {target_patterns[0]: next(iter(input_dict.values()))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+class QuantizeWeights(ConversionOps):
+    """Turns each float weight, as it comes from the checkpoint, into codes, scale and zero-point."""
+
+    def __init__(self, hf_quantizer: MonoQuantHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, model: torch.nn.Module, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        converted: dict[str, Tensor] = {}
+        while input_dict:
+            # Popped, so that the float tensor is freed before the next one is made.
+            name, tensor = input_dict.popitem()
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            module_name, _, parameter_name = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            if isinstance(module, QuantizedModule) and parameter_name in module.weight_axes:
+                try:
+                    tensors = module.quantized_tensors(parameter_name, tensor)
+                except ValueError as problem:
+                    # The loader would bury it in a report with a traceback; the quantizer raises it after loading.
+                    self.hf_quantizer.problems.append(str(problem))
+                    tensors = {
+                        key: torch.zeros_like(module.get_parameter(key), device=tensor.device)
+                        for key in module.storage_names()
+                    }
+                self.hf_quantizer.quantized_modules.add(module_name)
+                converted |= {f"{module_name}.{key}": value for key, value in tensors.items()}
+            else:
+                converted[name] = tensor.to(model.get_parameter(name).dtype)
+        return converted
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return PassThrough()

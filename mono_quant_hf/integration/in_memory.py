@@ -1,0 +1,127 @@
+"""`quantize_model`: the same quantization for a model that is in memory already."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+
+from mono_quant_hf.config import MonoQuantConfig
+from mono_quant_hf.core import calculate_scale_zp_per_channel, quantize_weight_fp16
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+
+from .quantizer import MonoQuantHfQuantizer
+from .replacement import replace_modules
+from .selection import Decision, decide, log_summary
+
+
+def quantize_model(model: nn.Module, config: MonoQuantConfig | None = None, *, progress: bool = False) -> nn.Module:
+    """Quantize a model in memory, in place, one module after the other.
+
+    A transformers model can then be saved, pushed, dequantized and reloaded like one that `from_pretrained` quantized.
+    Either all weights can be quantized, or an error is raised and the model is left as it was.
+
+    Args:
+        model: any module with float weights, on any device.
+        config: what to quantize and how; `MonoQuantConfig()` if None.
+        progress: show a progress bar.
+
+    Returns:
+        The model itself (only a model that is a single layer is returned as another object).
+
+    Raises:
+        TypeError: `model` is no `nn.Module`, or `config` no `MonoQuantConfig`.
+        ValueError: the model is quantized already, or offloaded, or a weight cannot be quantized (the message names
+            it).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> quantize_model(model, MonoQuantConfig(symmetric=True))
+        Sequential(
+          (0): QuantizedLinear(in_features=16, out_features=16, bias=True, weights=int8, symmetric)
+          (1): ReLU()
+          (2): QuantizedLinear(in_features=16, out_features=4, bias=True, weights=int8, symmetric)
+        )
+    """
+    config = MonoQuantConfig() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_model works on an nn.Module, not on {type(model).__name__}.")
+    if not isinstance(config, MonoQuantConfig):
+        raise TypeError(f"quantize_model needs a MonoQuantConfig, not {type(config).__name__}.")
+    _refuse_unfit(model)
+    decisions = decide(model, config)
+    chosen = {decision.module: decision for decision in decisions if decision.quantized}
+    with torch.no_grad():
+        for name, decision in chosen.items():
+            _check_weights(name, model.get_submodule(name), decision)
+        with tqdm(total=len(chosen), desc="Quantizing", unit="module", disable=not progress) as bar:
+            model = replace_modules(
+                model, {name: _Quantize(d) for name, d in chosen.items()}, on_each=lambda _: bar.update()
+            )
+    if isinstance(model, PreTrainedModel):
+        _attach_quantizer(model, config, decisions)
+    log_summary(type(model).__name__, decisions)
+    return model
+
+
+class _Quantize:
+    """Makes the quantized module of a decision from the float one."""
+
+    def __init__(self, decision: Decision):
+        self.decision = decision
+
+    def __call__(self, module: nn.Module) -> QuantizedModule:
+        quantized_class = quantized_class_for(module)
+        assert quantized_class is not None
+        return quantized_class.from_float(
+            module, self.decision.weights, bool(self.decision.symmetric), name=self.decision.module
+        )
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    if any(isinstance(module, QuantizedModule) for module in model.modules()) or getattr(model, "is_quantized", False):
+        raise ValueError(f"{type(model).__name__} is quantized already; quantize the float model.")
+    dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if dispatched or any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is spread over devices or offloaded; quantize it while loading: "
+            "from_pretrained(..., quantization_config=MonoQuantConfig(), device_map=...)."
+        )
+
+
+def _check_weights(name: str, module: nn.Module, decision: Decision) -> None:
+    """Raise before anything is replaced, so that a model is never left half quantized."""
+    quantized_class = quantized_class_for(module)
+    assert quantized_class is not None
+    for weight_name in quantized_class.weight_axes:
+        weight = module.get_parameter(weight_name)
+        try:
+            if decision.weights == "float16":
+                quantize_weight_fp16(weight)
+            else:
+                calculate_scale_zp_per_channel(weight)
+        except ValueError as problem:
+            full_name = f"{name}.{weight_name}" if name else weight_name
+            raise ValueError(f"{full_name} cannot be quantized. {problem}") from None
+
+
+def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions: list[Decision]) -> None:
+    """Make the model one that transformers knows to be quantized, as `from_pretrained` does."""
+    quantizer = MonoQuantHfQuantizer(config, pre_quantized=False)
+    quantizer.decisions = decisions
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+    if getattr(model, "_weight_conversions", None) is None:
+        # As save_pretrained itself would look them up, but for the scales too.
+        model._weight_conversions = [
+            conversion
+            for conversion in get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(conversion, PrefixChange)
+        ]
+    quantizer._restore_conversions(model)

@@ -1,0 +1,237 @@
+"""The quantizer that transformers calls from `from_pretrained`, `save_pretrained` and `dequantize`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+
+from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
+from .conversions import PassThrough, QuantizeWeights
+from .replacement import replace_modules
+from .selection import AliasesOf, Decision, decide, log_summary
+
+logger = logging.getLogger("mono_quant_hf")
+
+register_quantization_config(QUANT_METHOD)(MonoQuantConfig)
+
+
+@register_quantizer(QUANT_METHOD)
+class MonoQuantHfQuantizer(HfQuantizer):
+    """Loads float checkpoints as quantized models, tensor by tensor, and quantized checkpoints as they are.
+
+    Attributes:
+        decisions: what became of every module that holds weights, after loading.
+    """
+
+    requires_calibration = False
+    quantization_config: MonoQuantConfig
+    serialized_names = {"weight": ["weight", "weight_scale", "weight_zero_point"]}  # noqa: RUF012  transformers' name
+
+    def __init__(self, quantization_config: MonoQuantConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.decisions: list[Decision] = []
+        self.problems: list[str] = []
+        self.quantized_modules: set[str] = set()
+        self._keep_in_fp32_strict: Any = None
+
+    # Before the weights are loaded
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        decisions = decide(model, self.quantization_config, dtype)
+        stored = read_headers(checkpoint_files) if self.pre_quantized and checkpoint_files else {}
+        aliases = AliasesOf(model)
+        self.decisions = decide_by_checkpoint(decisions, stored, aliases)
+        replace_modules(model, {d.module: _EmptyTwin(d) for d in self.decisions if d.quantized})
+        check_stored_tensors(model, stored, aliases)
+        self._keep_in_fp32_strict = model._keep_in_fp32_modules_strict
+        if not self.pre_quantized:
+            # The loader casts a weight to the model's dtype before it is quantized, unless the model keeps it in
+            # float32: codes shall be those of the checkpoint's own weight, whatever dtype= says.
+            model._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_strict or ()), *_weight_patterns(model)}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        if self.pre_quantized:
+            return False
+        module_name, _, name = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        return isinstance(module, QuantizedModule) and name in module.weight_axes
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        # A float tensor where codes belong is an error (see _check_loaded), not something to cast to int8.
+        if dtype is not None and not dtype.is_floating_point:
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return QuantizeWeights(self)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        updated = super().update_weight_conversions(weight_conversions, model)
+        if not self.pre_quantized:
+            tails = sorted({".".join(name.split(".")[-2:]) for name in _quantized_weight_names(model)})
+            updated += [WeightConverter(re.escape(tail), tail, [PassThrough()]) for tail in tails]
+        return updated
+
+    # After the weights are loaded
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model._keep_in_fp32_modules_strict = self._keep_in_fp32_strict
+        if self.problems:
+            raise ValueError(" ".join(self.problems))
+        self._restore_conversions(model)
+        self._check_loaded(model)
+        log_summary(type(model).__name__, self.decisions)
+        return model
+
+    def _restore_conversions(self, model: PreTrainedModel) -> None:
+        """Keep for saving what a quantized checkpoint needs: the model's own conversions, for scales too."""
+        used = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if not any(isinstance(op, PassThrough) for op in getattr(conversion, "operations", ()))
+        ]
+        if not self.pre_quantized:
+            used = HfQuantizer.update_weight_conversions(self, used, model)
+        model._weight_conversions = used
+
+    def _check_loaded(self, model: PreTrainedModel) -> None:
+        """Every quantized module got all of its tensors; a module that got none becomes a float one, initialized."""
+        not_loaded = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, QuantizedModule):
+                continue
+            tensors = {key: module.get_parameter(key) for key in module.storage_names()}
+            if any(tensor.device.type == "meta" for tensor in tensors.values()):
+                continue  # offloaded; the headers were checked before loading
+            if not self.pre_quantized:
+                missing = [] if name in self.quantized_modules else list(tensors)
+            else:
+                missing = [key for key, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
+            if missing and len(missing) < len(tensors):
+                raise ValueError(
+                    f"{name}.{missing[0]} is missing from the checkpoint; save the quantized model again."
+                )
+            if missing:
+                not_loaded[name] = module
+                continue
+            for key, tensor in tensors.items():
+                expected = module.storage_dtype(key)
+                if tensor.dtype != expected:
+                    raise ValueError(
+                        f"{name}.{key} in the checkpoint is {tensor.dtype} where the config says {expected}; "
+                        "save the quantized model again, or load the float model and quantize it."
+                    )
+        if not_loaded:
+            self._initialize_as_float(model, not_loaded)
+
+    def _initialize_as_float(self, model: PreTrainedModel, modules: dict[str, QuantizedModule]) -> None:
+        """New modules, such as the head of a model that is to be trained, start as the model initializes them."""
+        dtype = model.config.dtype or torch.get_default_dtype()
+        for name, module in modules.items():
+            fresh = module.to_float(dtype)
+            for parameter in fresh.parameters(recurse=False):
+                if hasattr(parameter, "_is_hf_initialized"):
+                    del parameter._is_hf_initialized
+            replace_modules(model, {name: lambda _, fresh=fresh: fresh})
+            owner = _owner(model, name)
+            with torch.no_grad():
+                owner._init_weights(fresh)
+        self.decisions = [
+            d.left_in_float("not in the checkpoint, newly initialized") if d.module in modules else d
+            for d in self.decisions
+        ]
+
+    # The rest of the contract
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top; the codes themselves have no gradient."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        float_dtype = dtype or model.config.dtype or torch.get_default_dtype()
+        quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
+        replace_modules(model, {name: lambda module: module.to_float(float_dtype) for name in quantized})
+        return model
+
+
+class _EmptyTwin:
+    """Makes the quantized module of a decision, with room for the tensors to come."""
+
+    def __init__(self, decision: Decision):
+        self.decision = decision
+
+    def __call__(self, module: nn.Module) -> QuantizedModule:
+        quantized_class = quantized_class_for(module)
+        assert quantized_class is not None
+        return quantized_class.empty_like(
+            module, self.decision.weights, bool(self.decision.symmetric), name=self.decision.module
+        )
+
+
+def _quantized_weight_names(model: nn.Module) -> list[str]:
+    return [
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+        for weight in module.weight_axes
+    ]
+
+
+def _weight_patterns(model: nn.Module) -> set[str]:
+    """Regular expressions that match the names of the quantized weights and no other parameter.
+
+    Layer numbers are left open where all layers agree, so that a model of many layers needs few patterns.
+    """
+    quantized = set(_quantized_weight_names(model))
+    open_number = re.compile(r"(?<=\.)\d+(?=\.)")
+    by_pattern: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        by_pattern.setdefault(open_number.sub("#", name), []).append(name)
+    patterns = set()
+    for shape, names in by_pattern.items():
+        if quantized.issuperset(names):
+            patterns.add("^" + re.escape(shape).replace(r"\#", r"\d+") + "$")
+        else:
+            patterns |= {f"^{re.escape(name)}$" for name in names if name in quantized}
+    return patterns
+
+
+def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost (sub)model that a module belongs to, which knows how to initialize it."""
+    owner = model
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        part = model.get_submodule(".".join(parts[:end]))
+        if isinstance(part, PreTrainedModel):
+            owner = part
+    return owner

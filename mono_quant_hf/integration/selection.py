@@ -1,0 +1,243 @@
+"""Which modules of a model become quantized, how, and why not: one decision for each, as plain data."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import logging
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from mono_quant_hf.config import MonoQuantConfig
+from mono_quant_hf.modules import quantized_class_for
+from mono_quant_hf.modules.base import STORAGE_DTYPES
+
+from .weight_readers import modules_whose_weight_is_read
+
+logger = logging.getLogger("mono_quant_hf")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one module that holds weights.
+
+    Attributes:
+        module: qualified name in the model.
+        kind: class name of the float module.
+        weights: `"int8"`, `"float16"` or `"float"` (left alone).
+        symmetric: whether int8 codes go without zero-points; None where not int8.
+        reason: why it is left in float, or which setting chose it; empty for the default.
+        parameters: number of elements of its own parameters, bias included.
+    """
+
+    module: str
+    kind: str
+    weights: str
+    symmetric: bool | None
+    reason: str
+    parameters: int
+
+    @property
+    def quantized(self) -> bool:
+        return self.weights != "float"
+
+    def left_in_float(self, reason: str) -> Decision:
+        return replace(self, weights="float", symmetric=None, reason=reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None = None) -> list[Decision]:
+    """A decision for every module that has a weight of two or more dimensions, in the order of the model.
+
+    Patterns that match nothing, and overrides of modules that must stay in float, are warned about.
+
+    Args:
+        model: any module, also on the meta device. In a `PreTrainedModel` the output head, tied weights and what the
+            model itself asks to keep in float32 are left alone, in addition to the user's own list.
+        config: what the user asks for.
+        dtype: the dtype the model computes in; None for that of its weights.
+    """
+    candidates = {name: module for name, module in model.named_modules() if _holds_weight(module)}
+    aliases = AliasesOf(model)
+    skips = _PatternTracker(config.modules_to_not_convert or [], _matches_as_in_transformers, aliases)
+    overrides = _PatternTracker(list(config.module_overrides or {}), _matches_glob_or_regex, aliases)
+    defaults = _default_skips(model, candidates, config.weights)
+
+    decisions = []
+    for name, module in candidates.items():
+        settings = {"weights": config.weights, "symmetric": config.symmetric}
+        skip, override = skips.first_match(name), overrides.first_match(name)
+        if override is not None:
+            settings |= (config.module_overrides or {})[override]
+        int8 = settings["weights"] == "int8"
+        decision = Decision(
+            module=name,
+            kind=type(module).__name__,
+            weights=settings["weights"],
+            symmetric=settings["symmetric"] if int8 else None,
+            reason="" if override is None else f"module_overrides[{override!r}]",
+            parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+        )
+        quantized_class = quantized_class_for(module)
+        if quantized_class is None:
+            decision = decision.left_in_float(f"no quantized form of {type(module).__name__}")
+        elif (refusal := quantized_class.refuses(module)) is not None:
+            decision = decision.left_in_float(refusal)
+        elif name in defaults:
+            decision = decision.left_in_float(defaults[name])
+            if override is not None:
+                logger.warning(
+                    "module_overrides[%r] has no effect on %s, which stays in float: %s.", override, name, decision.reason
+                )
+        elif skip is not None:
+            decision = decision.left_in_float(f"modules_to_not_convert: {skip!r}")
+        decisions.append(decision)
+
+    names = [name for name, _ in model.named_modules()]
+    skips.warn_of_unmatched("modules_to_not_convert", names)
+    overrides.warn_of_unmatched("module_overrides", names)
+    return _keep_dtype_of_model(model, decisions, dtype)
+
+
+def quantized_share(decisions: Iterable[Decision]) -> float:
+    """Share of the parameters in the decisions' modules that are quantized, 0 to 1; 0 for none."""
+    decisions = list(decisions)
+    total = sum(decision.parameters for decision in decisions)
+    return sum(decision.parameters for decision in decisions if decision.quantized) / total if total else 0.0
+
+
+def log_summary(model_name: str, decisions: list[Decision]) -> None:
+    """One line on what was quantized; a warning, with the largest left out, where it is under half."""
+    share = quantized_share(decisions)
+    count = sum(decision.quantized for decision in decisions)
+    summary = f"{model_name}: {count} of {len(decisions)} modules quantized, {share:.1%} of their parameters"
+    if share >= 0.5:
+        logger.info("%s.", summary)
+        return
+    left_out = sorted((d for d in decisions if not d.quantized), key=lambda d: -d.parameters)[:3]
+    named = "; ".join(f"{d.module or 'the model itself'} ({d.parameters:,} parameters: {d.reason})" for d in left_out)
+    logger.warning("%s. The largest left in float: %s.", summary, named)
+
+
+def _holds_weight(module: nn.Module) -> bool:
+    return any(p is not None and p.dim() > 1 for p in module._parameters.values())
+
+
+def _default_skips(model: nn.Module, candidates: dict[str, nn.Module], weights: str) -> dict[str, str]:
+    """`{module name: reason}` for what is left in float whatever the user says."""
+    reasons = modules_whose_weight_is_read(model, weights)
+    if isinstance(model, PreTrainedModel):
+        kept = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
+        heads = get_keys_to_not_convert(model)
+        for name in candidates:
+            if kept and not should_convert_module(name, kept):
+                reasons[name] = "the model keeps it in float32"
+            if any(name == key or name.startswith(f"{key}.") for key in heads):
+                reasons[name] = "output head or tied weight"
+    users: dict[int, list[str]] = {}
+    for name, module in candidates.items():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    for names in users.values():
+        for name in names if len(names) > 1 else ():
+            reasons.setdefault(name, f"it shares its weight with {next(other for other in names if other != name)}")
+    return reasons
+
+
+def _keep_dtype_of_model(
+    model: nn.Module, decisions: list[Decision], dtype: torch.dtype | None
+) -> list[Decision]:
+    """Leave the module in float whose scales would pass for the dtype of a (sub)model.
+
+    `PreTrainedModel.dtype`, by which models cast their inputs and which is saved in config.json, is the dtype of the
+    first floating-point parameter. int8 codes are none, so where a module without bias comes first, its scales are.
+    """
+    by_name = {decision.module: decision for decision in decisions}
+    for prefix, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        for name, parameter in part.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            owner = ".".join(filter(None, (prefix, name.rpartition(".")[0])))
+            decision = by_name.get(owner)
+            if decision is None or not decision.quantized:
+                break
+            stored_as = STORAGE_DTYPES[decision.weights]
+            computes_in = parameter.dtype if dtype is None else dtype
+            first_floating = stored_as if stored_as.is_floating_point else torch.float32
+            has_bias = part.get_submodule(name.rpartition(".")[0])._parameters.get("bias") is not None
+            if first_floating != computes_in and not (has_bias and stored_as is torch.int8):
+                by_name[owner] = decision.left_in_float(f"{type(part).__name__}.dtype is read from it")
+            break
+    return [by_name[decision.module] for decision in decisions]
+
+
+class AliasesOf:
+    """The names a module goes by: its own, and that with the base model's prefix added or taken away.
+
+    A checkpoint of `LlamaForCausalLM` speaks of `model.layers.0`, of `LlamaModel` the same module is `layers.0`.
+    """
+
+    def __init__(self, model: nn.Module):
+        prefix = getattr(model, "base_model_prefix", "")
+        self.prefix = f"{prefix}." if isinstance(prefix, str) and prefix else ""
+
+    def __call__(self, name: str) -> list[str]:
+        if not self.prefix:
+            return [name]
+        other = name.removeprefix(self.prefix) if name.startswith(self.prefix) else self.prefix + name
+        return [name, other]
+
+
+class _PatternTracker:
+    """Matches patterns against module names and remembers which patterns never matched."""
+
+    def __init__(
+        self, patterns: list[str], matches: Callable[[str, str], bool], aliases: Callable[[str], list[str]]
+    ):
+        self.patterns, self.matches, self.aliases = patterns, matches, aliases
+        self.matched: set[str] = set()
+
+    def first_match(self, name: str) -> str | None:
+        hits = [pattern for pattern in self.patterns if self._hits(pattern, name)]
+        self.matched.update(hits)
+        return hits[0] if hits else None
+
+    def _hits(self, pattern: str, name: str) -> bool:
+        return any(self.matches(pattern, alias) for alias in self.aliases(name))
+
+    def warn_of_unmatched(self, field: str, names: list[str]) -> None:
+        for pattern in self.patterns:
+            # A pattern may well name a module that holds no weight to quantize, such as a norm.
+            if pattern not in self.matched and not any(self._hits(pattern, name) for name in names):
+                near = _nearest(pattern, names)
+                hint = f" Nearest names: {', '.join(near)}." if near else ""
+                logger.warning("%s: %r matches no module.%s", field, pattern, hint)
+
+
+def _matches_as_in_transformers(pattern: str, name: str) -> bool:
+    return not should_convert_module(name, [pattern])
+
+
+def _matches_glob_or_regex(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _nearest(pattern: str, names: list[str], count: int = 3) -> list[str]:
+    """Names that contain the pattern's text, else those that read most like it."""
+    text = pattern.removeprefix("re:").strip("^$*.")
+    containing = [name for name in names if text and text in name]
+    return containing[:count] or difflib.get_close_matches(pattern, names, n=count, cutoff=0.3)

@@ -1,0 +1,177 @@
+"""Which modules must stay in float because the model's own code reads their weight instead of calling them.
+
+Many models ask a module for the dtype of its weight to cast an input (`x.to(self.patch_embedding.weight.dtype)`): with
+int8 codes the input would become int8. Others compute with the weight themselves (`F.linear(x, self.proj.weight)`).
+Both are found by reading the source of the model's classes, so that no list of model names is needed.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+ANY_CHILD = "*"
+
+_HARMLESS_ATTRIBUTES = frozenset({"device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda"})
+_HARMLESS_CALLS = frozenset({"isinstance", "getattr", "hasattr", "id"})
+_SET_UP_METHODS = ("__init__", "init_", "_init_", "reset_parameters", "_tie_weights", "tie_weights")
+# Their methods concern any model, not the weights of one; and torch's own modules read only their own weight.
+_GENERAL_PACKAGES = ("torch.", "transformers.modeling_utils", "transformers.generation", "transformers.integrations")
+
+
+@dataclass(frozen=True)
+class WeightRead:
+    """One place where a method of a class reads the weight of a submodule.
+
+    `path` leads from the instance to the submodule, with `ANY_CHILD` for an index known only at run time.
+    """
+
+    path: tuple[str, ...]
+    method: str
+    reads_dtype: bool
+    handles_int8: bool
+
+    def reason(self, class_name: str) -> str:
+        what = "the dtype of its weight" if self.reads_dtype else "its weight"
+        return f"{class_name}.{self.method} reads {what}"
+
+
+def modules_whose_weight_is_read(model: nn.Module, weights: str) -> dict[str, str]:
+    """`{module name: reason}` for the modules that cannot hold codes, by the source of the model's classes.
+
+    Args:
+        model: any module, also on the meta device.
+        weights: `"int8"` or `"float16"`; code that excepts int8 by name is safe for the former only.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for read in _reads_of_class(type(module)):
+            if read.handles_int8 and weights == "int8":
+                continue
+            for target in _resolve(module, read.path):
+                full_name = f"{name}.{target}" if name else target
+                found.setdefault(full_name, read.reason(type(module).__name__))
+    return found
+
+
+def _resolve(module: nn.Module, path: tuple[str, ...]) -> Iterator[str]:
+    """Names of the submodules that a path leads to; none if the path is no submodule of this instance."""
+    if not path:
+        yield ""
+        return
+    first, rest = path[0], path[1:]
+    children = module._modules if first == ANY_CHILD else {first: module._modules.get(first)}
+    for name, child in children.items():
+        if child is not None:
+            for tail in _resolve(child, rest):
+                yield f"{name}.{tail}" if tail else name
+
+
+@functools.lru_cache(maxsize=4096)
+def _reads_of_class(cls: type[nn.Module]) -> tuple[WeightRead, ...]:
+    reads: list[WeightRead] = []
+    for base in cls.__mro__:
+        if base is object or f"{base.__module__}.".startswith(_GENERAL_PACKAGES):
+            continue
+        definition = _class_definitions(base.__module__).get(base.__qualname__)
+        for method in definition.body if definition is not None else ():
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith(_SET_UP_METHODS):
+                reads += _reads_of_method(method)
+    return tuple(reads)
+
+
+@functools.lru_cache(maxsize=512)
+def _class_definitions(module_name: str) -> dict[str, ast.ClassDef]:
+    """Class definitions of a module by qualified name; empty where there is no source to read."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module_name]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return {}
+    found: dict[str, ast.ClassDef] = {}
+
+    def collect(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found[prefix + child.name] = child
+                collect(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.FunctionDef):
+                collect(child, f"{prefix}{child.name}.<locals>.")
+            else:
+                collect(child, prefix)
+
+    collect(tree, "")
+    return found
+
+
+def _reads_of_method(method: ast.FunctionDef) -> Iterator[WeightRead]:
+    parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+    aliases = _aliases(method)
+    for node in ast.walk(method):
+        if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
+            continue
+        path = _path(node.value, aliases)
+        if not path:  # not a submodule of self, or self.weight, which is the module's own affair
+            continue
+        user = parents[node]
+        if isinstance(user, ast.Attribute) and user.attr in _HARMLESS_ATTRIBUTES:
+            continue
+        if isinstance(user, ast.Call) and isinstance(user.func, ast.Name) and user.func.id in _HARMLESS_CALLS:
+            continue
+        reads_dtype = isinstance(user, ast.Attribute) and user.attr == "dtype"
+        yield WeightRead(path, method.name, reads_dtype, reads_dtype and _excepts_int8(method, path, aliases))
+
+
+def _aliases(method: ast.FunctionDef) -> dict[str, tuple[str, ...]]:
+    """Local names that stand for a submodule: `proj = self.proj`, `for layer in self.layers`."""
+    aliases: dict[str, tuple[str, ...]] = {"self": ()}
+    for node in ast.walk(method):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            path = _path(node.value, aliases)
+            if path:
+                aliases[node.targets[0].id] = path
+        elif isinstance(node, ast.For) and isinstance(node.target, ast.Name):
+            path = _path(node.iter, aliases)
+            if path:
+                aliases[node.target.id] = (*path, ANY_CHILD)
+    return aliases
+
+
+def _path(node: ast.expr, aliases: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """`self.a.b[0]` as `("a", "b", "0")`; None if the expression is no such chain."""
+    if isinstance(node, ast.Name):
+        return aliases.get(node.id)
+    if isinstance(node, ast.Attribute):
+        head = _path(node.value, aliases)
+        return None if head is None else (*head, node.attr)
+    if isinstance(node, ast.Subscript):
+        head = _path(node.value, aliases)
+        if head is None:
+            return None
+        known = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, (int, str))
+        return (*head, str(node.slice.value) if known and isinstance(node.slice, ast.Constant) else ANY_CHILD)
+    return None
+
+
+def _excepts_int8(method: ast.FunctionDef, path: tuple[str, ...], aliases: dict[str, tuple[str, ...]]) -> bool:
+    """Whether the method compares the dtype of this very weight with torch.int8 before it acts on it."""
+    for node in ast.walk(method):
+        if not isinstance(node, ast.Compare):
+            continue
+        sides = [node.left, *node.comparators]
+        names_weight = any(
+            isinstance(side, ast.Attribute)
+            and side.attr == "dtype"
+            and isinstance(side.value, ast.Attribute)
+            and side.value.attr == "weight"
+            and _path(side.value.value, aliases) == path
+            for side in sides
+        )
+        if names_weight and any("torch.int8" in ast.unparse(side) for side in sides):
+            return True
+    return False
