@@ -1,0 +1,72 @@
+"""The numbers that a user would check first, on real weights."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+
+from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.modules import QuantizedConv2d, QuantizedLinear
+from tests import real_models
+from tests.tiny_models import relative_error
+
+pytestmark = pytest.mark.real_model
+CONFIGS = [MonoQuantConfig(), MonoQuantConfig(symmetric=True), MonoQuantConfig(weights="float16")]
+IDS = ["int8", "int8 symmetric", "float16"]
+
+SENTENCES = [
+    "A man is eating food.",
+    "The girl is carrying a baby.",
+    "Per-channel quantization keeps one scale for every row of a weight.",
+    "Ein Affe spielt Schlagzeug.",
+    "What is the capital of France?",
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_sentence_embeddings_of_minilm(config, minilm):
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+
+    def embed(model):
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    expected = embed(AutoModel.from_pretrained(minilm))
+    model = AutoModel.from_pretrained(minilm, quantization_config=config)
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) >= 36
+    similarity = torch.nn.functional.cosine_similarity(embed(model), expected)
+    assert float(similarity.min()) >= 0.999
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_efficientnet_on_photographs(config, efficientnet, tmp_path):
+    pixels = torch.cat([real_models.pixel_values(image) for image in real_models.photographs().values()])
+    with torch.no_grad():
+        float_model = AutoModelForImageClassification.from_pretrained(efficientnet)
+        expected = float_model(pixel_values=pixels).logits
+        model = AutoModelForImageClassification.from_pretrained(efficientnet, quantization_config=config)
+        actual = model(pixel_values=pixels).logits
+        convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        stored = {"int8": torch.int8, "float16": torch.float16}[config.weights]
+        floats = [m for m in convolutions if m.weight.dtype != stored]
+        # Of float16 weights the very first stays float32: its dtype is what the model says its own to be.
+        assert len(floats) == (1 if config.weights == "float16" else 0)
+        assert sum(isinstance(m, QuantizedConv2d) and m.groups > 1 for m in convolutions) == 16
+        assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+        assert relative_error(actual, expected) < 0.05
+        model.save_pretrained(tmp_path)
+        reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+        assert torch.equal(reloaded(pixel_values=pixels).logits, actual)
+
+
+def test_smollm2_has_210_int8_linears_at_a_quarter_of_the_bytes(smollm2):
+    model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=MonoQuantConfig())
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    codes = sum(module.weight.nbytes for module in linears)
+    companions = sum(module.weight_scale.nbytes + module.weight_zero_point.nbytes for module in linears)
+    assert len(linears) == 210 and codes == sum(module.weight.numel() for module in linears)
+    float_model = AutoModelForCausalLM.from_pretrained(smollm2)
+    saved = float_model.get_memory_footprint() - model.get_memory_footprint()
+    assert saved == 3 * codes - companions

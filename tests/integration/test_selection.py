@@ -1,0 +1,85 @@
+import json
+
+import torch
+from torch import nn
+
+from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.integration import Decision, quantized_share
+from mono_quant_hf.integration.selection import decide
+from tests import tiny_models
+
+
+def test_every_module_with_weights_has_a_decision_as_plain_data():
+    model = tiny_models.llama()
+    decisions = decide(model, MonoQuantConfig(symmetric=True))
+    owners = {n for n, m in model.named_modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))}
+    assert {decision.module for decision in decisions} == owners
+    by_name = {decision.module: decision for decision in decisions}
+    assert by_name["model.layers.0.mlp.up_proj"] == Decision(
+        "model.layers.0.mlp.up_proj", "Linear", "int8", True, "", 32 * 88
+    )
+    assert by_name["lm_head"] == Decision("lm_head", "Linear", "float", None, "output head or tied weight", 64 * 32)
+    assert json.loads(json.dumps([d.to_dict() for d in decisions]))[0]["module"] == "model.embed_tokens"
+
+
+def test_share():
+    def decision(weights, parameters):
+        return Decision("m", "Linear", weights, None, "", parameters)
+
+    assert quantized_share([decision("int8", 30), decision("float", 10)]) == 0.75
+    assert quantized_share([]) == 0
+
+
+def test_the_first_override_that_matches_decides():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "ab": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    overrides = {"a": {"weights": "float16"}, "a*": {"weights": "float"}, "re:b$": {"symmetric": True}}
+    decisions = {d.module: d for d in decide(model, MonoQuantConfig(module_overrides=overrides))}
+    assert [decisions[n].weights for n in ("a", "ab", "b")] == ["float16", "float", "int8"]
+    assert decisions["b"].symmetric is True and decisions["b"].reason == "module_overrides['re:b$']"
+
+
+class ReadsWeights(nn.Module):
+    """Reads the weights of its modules in every way that is found in the wild."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.cast_to, self.computed_with = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.aliased, self.only_device, self.excepted = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.listed = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        self.looped = nn.ModuleList([nn.Linear(2, 2)])
+        nn.init.zeros_(self.called.weight)
+
+    def init_weights(self):
+        self.called.weight.data.zero_()
+
+    def forward(self, x):
+        x = self.called(x.to(self.cast_to.weight.dtype)).to(self.only_device.weight.device)
+        x = nn.functional.linear(x, self.computed_with.weight)
+        proj = self.aliased
+        x = x.to(proj.weight.dtype) + self.listed[1].weight.sum()
+        for layer in self.looped:
+            x = x.to(layer.weight.dtype)
+        if isinstance(self.excepted.weight, torch.Tensor) and self.excepted.weight.dtype != torch.int8:
+            x = x.to(self.excepted.weight.dtype)
+        return self.excepted(x)
+
+
+def test_modules_whose_weight_is_read_stay_float_with_the_reason():
+    decisions = {d.module: d for d in decide(ReadsWeights(), MonoQuantConfig())}
+    quantized = {name for name, decision in decisions.items() if decision.quantized}
+    assert quantized == {"called", "only_device", "excepted", "listed.0"}
+    assert decisions["cast_to"].reason == "ReadsWeights.forward reads the dtype of its weight"
+    assert decisions["computed_with"].reason == "ReadsWeights.forward reads its weight"
+    half = {d.module: d for d in decide(ReadsWeights(), MonoQuantConfig(weights="float16"))}
+    assert not half["excepted"].quantized
+
+
+def test_the_dtype_of_a_model_is_not_read_from_a_scale():
+    # Without a bias in front, the first floating-point parameter of a ResNet would be a float32 scale.
+    stem = "resnet.embedder.embedder.convolution"
+    model = tiny_models.resnet()
+    for dtype, quantized in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
+        decisions = {d.module: d for d in decide(model.to(dtype), MonoQuantConfig())}
+        assert decisions[stem].quantized == quantized
+    decisions = {d.module: d for d in decide(model.to(torch.float32), MonoQuantConfig(weights="float16"))}
+    assert decisions[stem].reason == "ResNetForImageClassification.dtype is read from it"
