@@ -1,0 +1,44 @@
+"""How much did quantizing cost?  Perplexity, divergence from the float model, classifier and encoder error.
+
+| question | function | result |
+| --- | --- | --- |
+| how well does a causal language model predict a text | `perplexity` | `PerplexityResult` |
+| how far are its predictions from the float model's | `divergence` | `DivergenceResult` |
+| the same, one model in memory at a time | `record_reference`, then `divergence` | `Reference` |
+| does a classifier still answer the same | `compare_classifiers` | `ClassifierComparison` |
+| does an encoder still place its inputs in the same spot | `compare_encoders` | `EncoderComparison` |
+
+Every result is a frozen dataclass with a `to_dict()` that `json` can write.  Logarithms are natural.
+"""
+
+from mono_quant_hf.evaluation.distributions import DivergenceResult, divergence, kl_divergence
+from mono_quant_hf.evaluation.likelihood import PerplexityResult, perplexity
+from mono_quant_hf.evaluation.outputs import (
+    ClassifierComparison,
+    EncoderComparison,
+    classifier_logits,
+    compare_classifiers,
+    compare_encoders,
+    text_embeddings,
+)
+from mono_quant_hf.evaluation.reference import Reference, load_reference, record_reference
+from mono_quant_hf.evaluation.windows import Window, sliding_windows
+
+__all__ = [
+    "ClassifierComparison",
+    "DivergenceResult",
+    "EncoderComparison",
+    "PerplexityResult",
+    "Reference",
+    "Window",
+    "classifier_logits",
+    "compare_classifiers",
+    "compare_encoders",
+    "divergence",
+    "kl_divergence",
+    "load_reference",
+    "perplexity",
+    "record_reference",
+    "sliding_windows",
+    "text_embeddings",
+]
