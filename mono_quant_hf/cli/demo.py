@@ -53,7 +53,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="storage of weights (int8)")
     command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
-    command.add_argument("--tokens", type=int, default=2048, help="length of the text for perplexity (2048)")
+    command.add_argument("--tokens", type=int, default=4096, help="length of the text for perplexity (4096)")
     command.add_argument("--prompt", default=PROMPT, help=f'what to ask the model ("{PROMPT}")')
     command.add_argument("--keep", type=Path, metavar="DIR", help="keep the quantized model in this folder")
     command.set_defaults(run=run)
@@ -159,11 +159,13 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
 
 def _measure(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Measured:
     text = "\n\n".join(pydoc_data.topics.topics.values())
+    window = min(WINDOW, arguments.tokens)
     scored = perplexity(
         model,
         tokenizer,
         text,
-        window=min(WINDOW, arguments.tokens),
+        window=window,
+        stride=window,
         max_tokens=arguments.tokens,
         progress=sys.stderr.isatty(),
     )
@@ -219,11 +221,12 @@ def _table(before: Measured, after: Measured, stored: Stored, disk: tuple[int, i
     rows += [(label, _mb(old), _mb(new), _change(old, new)) for label, old, new in sizes if old or new]
     rows += [("perplexity", *(f"{value:.3f}" for value in perplexities), _change(*perplexities, digits=2))]
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join(
+    lines = (
         label.ljust(first)
         + "".join(f"  {number:>{width}}" for number, width in zip(numbers, others, strict=True))
         for label, *numbers in rows
     )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _mb(size: int) -> str:

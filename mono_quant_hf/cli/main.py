@@ -1,9 +1,10 @@
 """The command line: one parser, one subcommand per module beside this one."""
 
 import argparse
-import importlib.metadata
 import sys
 from collections.abc import Sequence
+
+from mono_quant_hf import __version__
 
 from . import demo
 from .errors import CommandError
@@ -18,8 +19,7 @@ def parser() -> argparse.ArgumentParser:
         description="Per-channel INT8 and FP16 weights for Hugging Face transformers.",
         epilog=f"example: {PROGRAM} demo",
     )
-    version = importlib.metadata.version(PROGRAM)
-    top.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_command(commands)
     return top
