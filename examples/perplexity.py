@@ -190,6 +190,11 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     text_name, text = load_text(arguments)
     if arguments.json and not arguments.json.resolve().parent.is_dir():
         raise ValueError(f"the folder of --json {arguments.json} does not exist.")
+    # what can be no name on the Hub is a folder; transformers would complain about the name
+    if arguments.model.startswith((".", "/", "~")) and not Path(arguments.model).is_dir():
+        raise ValueError(
+            f"there is no folder {arguments.model}: give a model's folder or its name on the Hub."
+        )
     if getattr(AutoConfig.from_pretrained(arguments.model), "quantization_config", None) is not None:
         raise ValueError(f"{arguments.model} is quantized already: give the float model it was made from.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
