@@ -7,6 +7,7 @@ Each is prepared once, into the cache folder of the command line (`$MONO_QUANT_H
 import importlib.metadata
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage.data
@@ -129,8 +130,8 @@ def _build_efficientnet(file: Path, folder: Path) -> None:
         hidden_act="relu6",
         batch_norm_eps=1e-3,
         dropout_rate=0.2,
-        num_labels=1000,
     )
+    config.num_labels = 1000
     model = EfficientNetForImageClassification(config)
     weights = torch.load(file, map_location="cpu", weights_only=True)
     loaded = model.load_state_dict(
@@ -146,7 +147,7 @@ def _build_efficientnet(file: Path, folder: Path) -> None:
             f"EfficientNet-Lite0: {file} lacks {missing} and has the unknown {loaded.unexpected_keys}"
         )
     for block in model.efficientnet.encoder.blocks:
-        gate = block.squeeze_excite
+        gate: Any = block.squeeze_excite
         for convolution in (gate.reduce, gate.expand):
             nn.init.zeros_(convolution.weight)
             nn.init.zeros_(convolution.bias)

@@ -190,13 +190,16 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> tuple[str, torch.Tensor]
 
 def _stored(model: nn.Module) -> Stored:
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+    def held(parameter: str) -> int:
+        tensors = [linear._parameters.get(parameter) for linear in linears]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     return Stored(
         linears=len(linears),
-        weights=sum(linear.weight.nbytes for linear in linears),
-        scales=sum(linear.weight_scale.nbytes for linear in linears if linear.weight_scale is not None),
-        zero_points=sum(
-            linear.weight_zero_point.nbytes for linear in linears if linear.weight_zero_point is not None
-        ),
+        weights=held("weight"),
+        scales=held("weight_scale"),
+        zero_points=held("weight_zero_point"),
         weights_as_float32=sum(linear.weight.numel() * 4 for linear in linears),
     )
 
@@ -216,10 +219,10 @@ def _table(before: Measured, after: Measured, stored: Stored, disk: tuple[int, i
         ("  their zero-points, MB", 0, stored.zero_points),
         ("all else (embeddings, norms), MB", before.memory - stored.weights_as_float32, after.memory - kept),
     ]
-    perplexities = before.perplexity, after.perplexity
     rows = [("", "float32", weights, "change")]
     rows += [(label, _mb(old), _mb(new), _change(old, new)) for label, old, new in sizes if old or new]
-    rows += [("perplexity", *(f"{value:.3f}" for value in perplexities), _change(*perplexities, digits=2))]
+    old, new = before.perplexity, after.perplexity
+    rows += [("perplexity", f"{old:.3f}", f"{new:.3f}", _change(old, new, digits=2))]
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = (
         label.ljust(first)
