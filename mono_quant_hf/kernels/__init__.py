@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from mono_quant_hf.kernels import portable
+from . import expansion, operators, portable
+from .choice import KERNELS, Choice, choose, get_kernel, set_kernel, use_kernel
+from .plain import is_plain
 
-__all__ = ["expand", "linear"]
+__all__ = ["KERNELS", "Choice", "choose", "expand", "get_kernel", "linear", "set_kernel", "use_kernel"]
 
 
 def linear(
@@ -40,10 +42,16 @@ def linear(
     """
     if not x.is_floating_point():
         raise TypeError(
-            f"the input of a quantized linear must be floating, got {x.dtype}: convert it to float32, bfloat16 "
-            f"or float16, and look for what cast it to the dtype of the quantized weight ({weight.dtype})"
+            f"the input of a quantized linear must be floating, got {x.dtype}: convert it to float32, "
+            f"bfloat16 or float16, and look for what cast it (the dtype of the quantized weight is {weight.dtype})"
         )
-    return portable.linear(x, weight, scale, zero_point, bias)
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if not wants_grad and is_plain(x, weight):
+        return operators.compute(x, weight, scale, zero_point, bias)
+    if get_kernel() == "portable" or not (x.is_cpu or x.is_meta):
+        # In plain operations, which a compiler fuses: the expansion never reaches memory there.
+        return portable.linear(x, weight, scale, zero_point, bias)
+    return operators.call(x, weight, scale, zero_point, bias)
 
 
 def expand(
@@ -59,4 +67,4 @@ def expand(
         >>> expand(codes, torch.tensor([[0.1]]), torch.tensor([[-128]], dtype=torch.int8))
         tensor([[ 0.0000, 25.5000]])
     """
-    return portable.expand(weight, scale, zero_point, dtype)
+    return expansion.expand(weight, scale, zero_point, dtype)

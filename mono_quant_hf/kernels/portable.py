@@ -70,7 +70,7 @@ class PortableLinear(torch.autograd.Function):
         return forward(x, weight, scale, zero_point, bias)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         weight, scale, zero_point = ctx.saved_tensors
         to_x = backward(grad, weight, scale, zero_point) if ctx.needs_input_grad[0] else None
         to_bias = None

@@ -1,0 +1,60 @@
+"""Many tokens: expand a block of rows to float32 in cache, multiply by torch's float matmul, go on.
+
+Never more than a block is expanded at a time, forward and backward. Needs nothing but torch.
+"""
+
+import torch
+from torch import Tensor
+
+from . import portable
+from .expansion import expand_into
+
+BLOCK_BYTES = 2 << 20  # of expanded weight
+
+
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`x Wᵀ + b` in float32, in x's dtype at the end. No gradient; on the CPU."""
+    n, k = weight.shape
+    flat = x.reshape(-1, k).float()
+    out = torch.empty(flat.shape[0], n, dtype=torch.float32, device=x.device)
+    cast_bias = None if bias is None else bias.float()
+    block = _block(weight, x.device)
+    with portable.without_autocast(x.device):
+        for rows in _slices(n, block.shape[0]):
+            part = block[: rows.stop - rows.start]
+            expand_into(part, weight[rows], _rows_of(scale, rows), _rows_of(zero_point, rows))
+            if cast_bias is None:
+                torch.mm(flat, part.t(), out=out[:, rows])
+            else:
+                torch.addmm(cast_bias[rows], flat, part.t(), out=out[:, rows])
+    return out.to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+    """`grad W` in float32, in grad's dtype at the end."""
+    n, k = weight.shape
+    flat = grad.reshape(-1, n).float()
+    to_x = torch.zeros(flat.shape[0], k, dtype=torch.float32, device=grad.device)
+    block = _block(weight, grad.device)
+    with portable.without_autocast(grad.device):
+        for rows in _slices(n, block.shape[0]):
+            part = block[: rows.stop - rows.start]
+            expand_into(part, weight[rows], _rows_of(scale, rows), _rows_of(zero_point, rows))
+            to_x.addmm_(flat[:, rows], part)
+    return to_x.to(grad.dtype).reshape(*grad.shape[:-1], k)
+
+
+def _block(weight: Tensor, device: torch.device) -> Tensor:
+    n, k = weight.shape
+    rows = min(n, max(BLOCK_BYTES // (4 * max(k, 1)), 32))
+    return torch.empty(rows, k, dtype=torch.float32, device=device)
+
+
+def _slices(n: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, n)) for start in range(0, n, max(rows, 1))]
+
+
+def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]

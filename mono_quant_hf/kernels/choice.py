@@ -1,0 +1,132 @@
+"""Which way a product is computed: the one place that decides, and says why.
+
+The setting `MONO_QUANT_KERNEL` (environment, read at import; `set_kernel`, `use_kernel` later) is "auto" or the
+name of a way, which is then taken wherever it can be:
+
+- `int16`: CPU, int8 codes: x in int16 with a scale for each token, products summed in integers; Numba
+- `float`: CPU: the codes or float16 weights in float32 as they stream by; Numba
+- `blocks`: CPU: some rows at a time expanded to float32, torch's float32 matmul
+- `portable`: everywhere: expand, then torch's matmul
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import cpu
+
+KERNELS = ("auto", "int16", "float", "blocks", "portable")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The `name` of a way of computing, and the `reason` it was chosen."""
+
+    name: str
+    reason: str
+
+
+def _known(name: str, source: str) -> str:
+    if name not in KERNELS:
+        raise ValueError(f"{source} is {name!r}: it must be one of {', '.join(KERNELS)}")
+    return name
+
+
+_setting = _known(os.environ.get("MONO_QUANT_KERNEL", "auto"), "the environment variable MONO_QUANT_KERNEL")
+
+
+def get_kernel() -> str:
+    """The setting in force: "auto" or the name of a way."""
+    return _setting
+
+
+def set_kernel(name: str) -> None:
+    """Take this way wherever it can be, in every thread; "auto" to choose by device, dtype and shape.
+
+    Raises:
+        ValueError: no such way.
+    """
+    global _setting
+    _setting = _known(name, "the kernel")
+
+
+@contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """`set_kernel` for the length of a `with` block.
+
+    Example:
+        >>> with use_kernel("portable"):
+        ...     get_kernel()
+        'portable'
+    """
+    before = get_kernel()
+    set_kernel(name)
+    try:
+        yield
+    finally:
+        set_kernel(before)
+
+
+def choose(x: Tensor, weight: Tensor) -> Choice:
+    """The way `linear(x, weight, ...)` is computed in eager mode, and why.
+
+    Args:
+        x: [..., K], floating.
+        weight: [N, K], int8 or float16.
+
+    Example:
+        >>> choose(torch.ones(1, 8, device="meta"), torch.ones(4, 8, dtype=torch.int8, device="meta"))
+        Choice(name='portable', reason='the device is meta')
+    """
+    tokens = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+    return decide(x.device.type, x.dtype, weight.dtype, tokens, weight.is_contiguous(), _setting)
+
+
+@lru_cache(maxsize=4096)
+def decide(
+    device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int, contiguous: bool, setting: str
+) -> Choice:
+    """`choose` by what it depends on."""
+    if device != "cpu":
+        return Choice("portable", f"the device is {device}")
+    if x_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return Choice("portable", f"x is {x_dtype}")
+    if weight_dtype not in (torch.int8, torch.float16):
+        return Choice("portable", f"the weight is {weight_dtype}")
+    if tokens == 0:
+        return Choice("portable", "x is empty")
+    if setting in ("portable", "blocks"):
+        return Choice(setting, "it was asked for")
+    if not contiguous:
+        return Choice("blocks", "the weight has gaps in memory")
+    if cpu.load() is None:
+        return Choice("blocks", cpu.why_missing())
+    return _compiled(weight_dtype, tokens, setting)
+
+
+def _compiled(weight_dtype: torch.dtype, tokens: int, setting: str) -> Choice:
+    if weight_dtype == torch.float16:
+        if not cpu.converts_halves():
+            return Choice("blocks", "this processor does not convert float16")
+        if setting == "float":
+            return Choice("float", "it was asked for")
+        if tokens <= HALF_TOKENS:
+            return Choice("float", f"float16 weights, at most {HALF_TOKENS} tokens: memory is the limit")
+        return Choice("blocks", f"float16 weights, more than {HALF_TOKENS} tokens: arithmetic is the limit")
+    if setting in ("float", "int16"):
+        return Choice(setting, "it was asked for")
+    if tokens == 1:
+        return Choice("float", "one token: memory is the limit, and float32 needs no codes of x")
+    if cpu.has_integer_units():
+        return Choice("int16", "several tokens: int16 products outrun float32 ones here")
+    if tokens <= 8:
+        return Choice("int16", "a few tokens: memory is the limit")
+    return Choice("blocks", "many tokens, and no fast int16 products here")
+
+
+HALF_TOKENS = 16

@@ -1,0 +1,202 @@
+"""The compiled CPU kernels from Python's side: load them once, pass addresses, say what happened.
+
+`float`: int8 codes (one token) or float16 weights, multiplied in float32 as they stream by.
+`int16`: int8 codes by the tokens' values as int16 codes of their own, with a scale for each token.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import threading
+import time
+from contextlib import AbstractContextManager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("mono_quant_hf")
+
+
+class _Runtime:
+    """What is known once the kernels were asked for: the compiled module, or why there is none."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.compiled: ModuleType | None = None
+        self.missing = ""
+        self.launcher = 0
+        self.one_at_a_time: AbstractContextManager[object] = contextlib.nullcontext()
+        self.forked = False
+        self.lock = threading.Lock()
+
+
+_runtime = _Runtime()
+
+
+def _in_child() -> None:
+    # The child of a fork has this thread alone: the others of the OpenMP team are gone, and waiting for them
+    # would never end. A lock held by another thread at the fork would stay held.
+    _runtime.forked = True
+    _runtime.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def load() -> ModuleType | None:
+    """The compiled kernels, compiled or read from the cache on the first call; None where they cannot be had.
+
+    One line of log says which, and how long it took.
+    """
+    if not _runtime.asked:
+        with _runtime.lock:
+            if not _runtime.asked:
+                _load()
+                _runtime.asked = True
+    return _runtime.compiled
+
+
+def why_missing() -> str:
+    """Why `load` gave None, for people."""
+    return _runtime.missing
+
+
+def _load() -> None:
+    try:
+        import numba
+        from numba.core.errors import NumbaError
+    except (ImportError, OSError) as error:
+        _give_up(f"Numba cannot be imported ({error})")
+        return
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        _give_up("Numba's compiler is switched off (NUMBA_DISABLE_JIT)")
+        return
+    start = time.perf_counter()
+    try:
+        from . import compiled
+    except NumbaError as error:
+        _give_up(f"Numba {numba.__version__} cannot compile them here ({error})")
+        return
+    seconds = time.perf_counter() - start
+    _runtime.launcher = _launcher_of_torch()
+    if not _runtime.launcher:
+        from . import compiled_team
+
+        _runtime.launcher = compiled_team.LAUNCHER
+        # Numba's workqueue layer ends the process when two threads use it at once, the others do not mind.
+        _runtime.one_at_a_time = threading.Lock()
+    if not compiled.CACHED:
+        log.warning(
+            "The CPU kernels took %.1f s to compile, and will again in every process: no folder of Numba's "
+            "cache can be written. Set NUMBA_CACHE_DIR to one that can.",
+            seconds,
+        )
+    else:
+        where = "read from the cache" if seconds < 1.5 else "compiled, and cached for the next process,"
+        log.info("The CPU kernels were %s in %.1f s.", where, seconds)
+    _runtime.compiled = compiled
+
+
+def _give_up(reason: str) -> None:
+    _runtime.missing = reason
+    log.warning("No compiled CPU kernels: %s. Quantized layers work, but slower, by torch alone.", reason)
+
+
+def _launcher_of_torch() -> int:
+    """The address of GOMP_parallel in the OpenMP runtime torch uses (GNU's, LLVM's and Intel's have it)."""
+    if not torch.backends.openmp.is_available():
+        return 0
+    try:
+        # A symbol is looked up in the library and in those it is linked to.
+        library = ctypes.CDLL(torch._C.__file__)
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (AttributeError, OSError):
+        return 0
+
+
+def has_integer_units() -> bool:
+    """Whether int16 products are summed in pairs, so that the integer way beats float at many tokens too."""
+    compiled = load()
+    return compiled is not None and compiled.X86 and compiled.VECTOR_BYTES >= 32
+
+
+def converts_halves() -> bool:
+    """Whether the processor turns float16 into float32 by itself."""
+    compiled = load()
+    return compiled is not None and compiled.HALF
+
+
+def _threads() -> int:
+    return 1 if _runtime.forked else torch.get_num_threads()
+
+
+def linear(
+    way: str, x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`x Wᵀ + b` by the way "float" or "int16". No gradient; a weight [N, K] without gaps, on the CPU."""
+    compiled = _runtime.compiled
+    assert compiled is not None, "choice.py asks for a compiled way only where load() gave one"
+    given = x.dtype
+    if given is torch.float16:
+        x = x.float()
+    if not x.is_contiguous():
+        x = x.contiguous()
+    n, k = weight.shape
+    out = x.new_empty((*x.shape[:-1], n))
+    m = x.numel() // k
+    if scale is not None and (scale.dtype is not torch.float32 or not scale.is_contiguous()):
+        scale = scale.float().contiguous()
+    if zero_point is not None and (zero_point.dtype is not torch.int8 or not zero_point.is_contiguous()):
+        zero_point = zero_point.to(torch.int8).contiguous()
+    bias_dtype = 0
+    if bias is not None:
+        if bias.dtype is torch.bfloat16:
+            bias_dtype = 1
+        elif bias.dtype is not torch.float32:
+            bias = bias.float()
+        if not bias.is_contiguous():
+            bias = bias.contiguous()
+    args = (
+        _threads(),
+        n,
+        k,
+        m,
+        weight.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        bias_dtype,
+        x.data_ptr(),
+        1 if x.dtype is torch.bfloat16 else 0,
+        out.data_ptr(),
+    )
+    with _runtime.one_at_a_time:
+        if way == "int16":
+            compiled.linear_int16(_runtime.launcher, compiled.PREPARE, compiled.INT16, *args)
+        else:
+            worker = compiled.HALVES if scale is None else compiled.FLOAT
+            compiled.linear_float(_runtime.launcher, worker, *args)
+    return out.to(given) if given is torch.float16 else out
+
+
+def expand(weight: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor) -> Tensor:
+    """`(weight - zero_point) * scale` into `out`, float32: codes without gaps, a scale for each row."""
+    compiled = _runtime.compiled
+    assert compiled is not None, "only called where load() gave the kernels"
+    n = weight.shape[0]
+    with _runtime.one_at_a_time:
+        compiled.expand(
+            _runtime.launcher,
+            compiled.EXPAND,
+            _threads(),
+            n,
+            weight.numel() // n,
+            weight.data_ptr(),
+            scale.data_ptr(),
+            0 if zero_point is None else zero_point.data_ptr(),
+            out.data_ptr(),
+        )
+    return out

@@ -1,0 +1,219 @@
+"""The torch operators `mono_quant::linear_int8` and `linear_fp16`, with fake, backward and autograd.
+
+Registered by hand rather than as a `custom_op`, whose wrappers cost more than the product of a small layer.
+The backward is an operator too, so that a compiled backward expands nothing whole, and the gradient of the
+gradient is defined.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import blocks, cpu, portable
+from .choice import decide, get_kernel
+
+_library = torch.library.Library("mono_quant", "DEF")
+_library.define(
+    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias) -> Tensor"
+)
+_library.define("linear_fp16(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define(
+    "linear_int8_backward(Tensor grad, Tensor weight, Tensor scale, Tensor? zero_point) -> Tensor"
+)
+_library.define("linear_fp16_backward(Tensor grad, Tensor weight) -> Tensor")
+_ops = torch.ops.mono_quant
+
+
+def compute(
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The product by the way chosen, without gradient."""
+    k = x.shape[-1] if x.dim() else 0
+    tokens = x.numel() // k if k else 0
+    device = "cpu" if x.is_cpu else x.device.type
+    name = decide(device, x.dtype, weight.dtype, tokens, weight.is_contiguous(), get_kernel()).name
+    if name == "portable":
+        return portable.forward(x, weight, scale, zero_point, bias)
+    _check(x, weight, scale, zero_point, bias)
+    if name == "blocks":
+        return blocks.linear(x, weight, scale, zero_point, bias)
+    return cpu.linear(name, x, weight, scale, zero_point, bias)
+
+
+def _check(
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+) -> None:
+    """What a kernel that reads raw memory must know first."""
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        raise RuntimeError(
+            f"the input {tuple(x.shape)} does not fit the weight {(n, k)}: its last dimension must be {k}"
+        )
+    for name, tensor in (("scale", scale), ("zero_point", zero_point), ("bias", bias)):
+        if tensor is not None and (tensor.numel() != n or not tensor.is_cpu):
+            raise RuntimeError(
+                f"the {name} {tuple(tensor.shape)} on {tensor.device} does not fit the weight {(n, k)}: "
+                f"it must hold {n} values, on the CPU as the input"
+            )
+    if not weight.is_cpu:
+        raise RuntimeError(
+            f"the input is on the CPU and the weight on {weight.device}: they must be together"
+        )
+
+
+# ---------------------------------------------------------------- on the CPU, elsewhere, and as fakes
+
+
+def _compute_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None
+) -> Tensor:
+    if grad.is_cpu and grad.dtype != torch.float64 and get_kernel() != "portable":
+        return blocks.backward(grad, weight, scale, zero_point)
+    return portable.backward(grad, weight, scale, zero_point)
+
+
+_library.impl("linear_int8", compute, "CompositeExplicitAutograd")
+_library.impl("linear_int8_backward", _compute_backward, "CompositeExplicitAutograd")
+
+
+def _linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return compute(x, weight, None, None, bias)
+
+
+def _linear_fp16_backward(grad: Tensor, weight: Tensor) -> Tensor:
+    return _compute_backward(grad, weight, None, None)
+
+
+_library.impl("linear_fp16", _linear_fp16, "CompositeExplicitAutograd")
+_library.impl("linear_fp16_backward", _linear_fp16_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mono_quant::linear_int8", lib=_library)
+def _(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _fake_product(x, weight, 1, 0)
+
+
+@torch.library.register_fake("mono_quant::linear_fp16", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _fake_product(x, weight, 1, 0)
+
+
+@torch.library.register_fake("mono_quant::linear_int8_backward", lib=_library)
+def _(grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    return _fake_product(grad, weight, 0, 1)
+
+
+@torch.library.register_fake("mono_quant::linear_fp16_backward", lib=_library)
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return _fake_product(grad, weight, 0, 1)
+
+
+def _fake_product(x: Tensor, weight: Tensor, inner: int, outer: int) -> Tensor:
+    torch._check(
+        x.shape[-1] == weight.shape[inner], lambda: f"{x.shape} does not fit the weight {weight.shape}"
+    )
+    return x.new_empty((*x.shape[:-1], weight.shape[outer]))
+
+
+# ---------------------------------------------------------------- autograd
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the codes, not the expanded weight, from forward to backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(x, weight, scale, zero_point, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, zero_point = ctx.saved_tensors
+        to_x = call_backward(grad, weight, scale, zero_point) if ctx.needs_input_grad[0] else None
+        to_bias = None
+        if ctx.needs_input_grad[4]:
+            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return to_x, None, None, None, to_bias
+
+
+class _LinearBackward(torch.autograd.Function):
+    """`grad W` is a product too: its gradient to `grad` is the forward without the bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero_point)
+        with torch._C._AutoDispatchBelowAutograd():
+            return call_backward(grad, weight, scale, zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, zero_point = ctx.saved_tensors
+        return call(grad, weight, scale, zero_point, None), None, None, None
+
+
+def call(
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The operator for this weight."""
+    if scale is None:
+        return _ops.linear_fp16.default(x, weight, bias)
+    return _ops.linear_int8.default(x, weight, scale, zero_point, bias)
+
+
+def call_backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+    """The operator of the gradient to x."""
+    if scale is None:
+        return _ops.linear_fp16_backward.default(grad, weight)
+    return _ops.linear_int8_backward.default(grad, weight, scale, zero_point)
+
+
+def _wants_grad(x: Tensor, bias: Tensor | None = None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _autograd_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    if _wants_grad(x, bias):
+        return _Linear.apply(x, weight, scale, zero_point, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return call(x, weight, scale, zero_point, bias)
+
+
+def _autograd_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _wants_grad(x, bias):
+        return _Linear.apply(x, weight, None, None, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return call(x, weight, None, None, bias)
+
+
+def _autograd_int8_backward(grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    if _wants_grad(grad):
+        return _LinearBackward.apply(grad, weight, scale, zero_point)
+    with torch._C._AutoDispatchBelowAutograd():
+        return call_backward(grad, weight, scale, zero_point)
+
+
+def _autograd_fp16_backward(grad: Tensor, weight: Tensor) -> Tensor:
+    if _wants_grad(grad):
+        return _LinearBackward.apply(grad, weight, None, None)
+    with torch._C._AutoDispatchBelowAutograd():
+        return call_backward(grad, weight, None, None)
+
+
+_library.impl("linear_int8", _autograd_int8, "Autograd")
+_library.impl("linear_fp16", _autograd_fp16, "Autograd")
+_library.impl("linear_int8_backward", _autograd_int8_backward, "Autograd")
+_library.impl("linear_fp16_backward", _autograd_fp16_backward, "Autograd")
