@@ -11,7 +11,10 @@ EVERY_FIELD = {
     "weights": "float16",
     "symmetric": True,
     "modules_to_not_convert": ["model.layers.0", "re.*"],
-    "module_overrides": {"model.*.mlp.*": {"weights": "int8", "symmetric": True}, "re:.*q_proj": {"weights": "float"}},
+    "module_overrides": {
+        "model.*.mlp.*": {"weights": "int8", "symmetric": True},
+        "re:.*q_proj": {"weights": "float"},
+    },
 }
 
 
@@ -35,7 +38,9 @@ def test_it_lives_in_the_config_json_of_a_model(tmp_path):
 
 
 def test_from_dict_takes_known_keywords_and_hands_back_the_rest():
-    config, unused = MonoQuantConfig.from_dict({"weights": "int8"}, return_unused_kwargs=True, symmetric=True, x=1)
+    config, unused = MonoQuantConfig.from_dict(
+        {"weights": "int8"}, return_unused_kwargs=True, symmetric=True, x=1
+    )
     assert config.symmetric is True and unused == {"x": 1}
 
 
@@ -55,10 +60,18 @@ def test_from_dict_takes_known_keywords_and_hands_back_the_rest():
         ({"module_overrides": {"x": {"weights": "int4"}}}, ValueError, "int4.*'int8', 'float16', 'float'"),
         ({"module_overrides": {"re:[": {"weights": "float"}}}, ValueError, "re:\\[.*regular expression"),
         ({"wieghts": "int8"}, TypeError, "no field 'wieghts'; did you mean 'weights'"),
-        ({"load_in_8bit_fp32": True}, TypeError, "no field 'load_in_8bit_fp32'.*the fields are weights, symmetric"),
+        (
+            {"load_in_8bit_fp32": True},
+            TypeError,
+            "no field 'load_in_8bit_fp32'.*the fields are weights, symmetric",
+        ),
         ({"quant_method": "gptq"}, ValueError, "mono_quant.*gptq"),
         ({"format_version": FORMAT_VERSION + 1}, ValueError, "upgrade mono_quant_hf"),
-        ({"format_version": FORMAT_VERSION + 1, "new_field": 1}, TypeError, "new_field.*upgrade mono_quant_hf"),
+        (
+            {"format_version": FORMAT_VERSION + 1, "new_field": 1},
+            TypeError,
+            "new_field.*upgrade mono_quant_hf",
+        ),
         ({"format_version": "1"}, TypeError, "format_version must be an integer"),
     ],
 )

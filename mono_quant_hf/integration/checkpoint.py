@@ -35,14 +35,18 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in files:
         if not file.endswith(".safetensors"):
-            raise ValueError(f"{file} is no safetensors file; a mono_quant checkpoint is saved as safetensors only.")
+            raise ValueError(
+                f"{file} is no safetensors file; a mono_quant checkpoint is saved as safetensors only."
+            )
         if not Path(file).is_file():
             raise ValueError(f"{file} is missing; the checkpoint is incomplete, download or save it again.")
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  not a dict
                     if name in stored:
-                        raise ValueError(f"{name} is both in {stored[name].file} and in {file}; save the model again.")
+                        raise ValueError(
+                            f"{name} is both in {stored[name].file} and in {file}; save the model again."
+                        )
                     part = tensors.get_slice(name)
                     stored[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
         except SafetensorError as problem:

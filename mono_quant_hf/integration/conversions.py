@@ -22,7 +22,11 @@ class PassThrough(ConversionOps):
     """
 
     def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
     ) -> dict[str, Any]:
         return {target_patterns[0]: next(iter(input_dict.values()))}
 

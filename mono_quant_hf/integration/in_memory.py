@@ -18,7 +18,9 @@ from .replacement import replace_modules
 from .selection import Decision, decide, log_summary
 
 
-def quantize_model(model: nn.Module, config: MonoQuantConfig | None = None, *, progress: bool = False) -> nn.Module:
+def quantize_model(
+    model: nn.Module, config: MonoQuantConfig | None = None, *, progress: bool = False
+) -> nn.Module:
     """Quantize a model in memory, in place, one module after the other.
 
     A transformers model can then be saved, pushed, dequantized and reloaded like one that `from_pretrained` quantized.
@@ -83,7 +85,9 @@ class _Quantize:
 
 
 def _refuse_unfit(model: nn.Module) -> None:
-    if any(isinstance(module, QuantizedModule) for module in model.modules()) or getattr(model, "is_quantized", False):
+    if any(isinstance(module, QuantizedModule) for module in model.modules()) or getattr(
+        model, "is_quantized", False
+    ):
         raise ValueError(f"{type(model).__name__} is quantized already; quantize the float model.")
     dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
     if dispatched or any(parameter.is_meta for parameter in model.parameters()):
@@ -113,15 +117,17 @@ def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions
     """Make the model one that transformers knows to be quantized, as `from_pretrained` does."""
     quantizer = MonoQuantHfQuantizer(config, pre_quantized=False)
     quantizer.decisions = decisions
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    # setattr, as transformers does: these are no declared attributes of the model.
+    for name, value in (
+        ("hf_quantizer", quantizer),
+        ("is_quantized", True),
+        ("quantization_method", config.quant_method),
+    ):
+        setattr(model, name, value)
     model.config.quantization_config = config
     if getattr(model, "_weight_conversions", None) is None:
         # As save_pretrained itself would look them up, but for the scales too.
-        model._weight_conversions = [
-            conversion
-            for conversion in get_model_conversion_mapping(model, add_legacy=False)
-            if not isinstance(conversion, PrefixChange)
-        ]
-    quantizer._restore_conversions(model)
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        kept = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+        setattr(model, "_weight_conversions", kept)  # noqa: B010
+    quantizer.restore_conversions(model)

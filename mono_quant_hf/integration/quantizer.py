@@ -65,7 +65,10 @@ class MonoQuantHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             # The loader casts a weight to the model's dtype before it is quantized, unless the model keeps it in
             # float32: codes shall be those of the checkpoint's own weight, whatever dtype= says.
-            model._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_strict or ()), *_weight_patterns(model)}
+            model._keep_in_fp32_modules_strict = {
+                *(self._keep_in_fp32_strict or ()),
+                *_weight_patterns(model),
+            }
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         if self.pre_quantized:
@@ -98,12 +101,12 @@ class MonoQuantHfQuantizer(HfQuantizer):
         model._keep_in_fp32_modules_strict = self._keep_in_fp32_strict
         if self.problems:
             raise ValueError(" ".join(self.problems))
-        self._restore_conversions(model)
+        self.restore_conversions(model)
         self._check_loaded(model)
         log_summary(type(model).__name__, self.decisions)
         return model
 
-    def _restore_conversions(self, model: PreTrainedModel) -> None:
+    def restore_conversions(self, model: PreTrainedModel) -> None:
         """Keep for saving what a quantized checkpoint needs: the model's own conversions, for scales too."""
         used = [
             conversion
@@ -112,7 +115,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         ]
         if not self.pre_quantized:
             used = HfQuantizer.update_weight_conversions(self, used, model)
-        model._weight_conversions = used
+        model._weight_conversions = used  # type: ignore[assignment]
 
     def _check_loaded(self, model: PreTrainedModel) -> None:
         """Every quantized module got all of its tensors; a module that got none becomes a float one, initialized."""
@@ -146,16 +149,11 @@ class MonoQuantHfQuantizer(HfQuantizer):
 
     def _initialize_as_float(self, model: PreTrainedModel, modules: dict[str, QuantizedModule]) -> None:
         """New modules, such as the head of a model that is to be trained, start as the model initializes them."""
-        dtype = model.config.dtype or torch.get_default_dtype()
         for name, module in modules.items():
-            fresh = module.to_float(dtype)
-            for parameter in fresh.parameters(recurse=False):
-                if hasattr(parameter, "_is_hf_initialized"):
-                    del parameter._is_hf_initialized
-            replace_modules(model, {name: lambda _, fresh=fresh: fresh})
-            owner = _owner(model, name)
+            fresh = module.to_float(_dtype_of(model))
+            replace_modules(model, {name: lambda _, fresh=fresh: fresh})  # type: ignore[misc]
             with torch.no_grad():
-                owner._init_weights(fresh)
+                _owner(model, name)._init_weights(fresh)
         self.decisions = [
             d.left_in_float("not in the checkpoint, newly initialized") if d.module in modules else d
             for d in self.decisions
@@ -176,11 +174,14 @@ class MonoQuantHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        float_dtype = dtype or model.config.dtype or torch.get_default_dtype()
+        float_dtype = _dtype_of(model, dtype)
+
+        def to_float(module: nn.Module) -> nn.Module:
+            assert isinstance(module, QuantizedModule)
+            return module.to_float(float_dtype)
+
         quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
-        replace_modules(model, {name: lambda module: module.to_float(float_dtype) for name in quantized})
+        replace_modules(model, dict.fromkeys(quantized, to_float))
         return model
 
 
@@ -224,6 +225,12 @@ def _weight_patterns(model: nn.Module) -> set[str]:
         else:
             patterns |= {f"^{re.escape(name)}$" for name in names if name in quantized}
     return patterns
+
+
+def _dtype_of(model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> torch.dtype:
+    """The dtype asked for, or that of the model's config, which may be written as a string."""
+    dtype = dtype or model.config.dtype or torch.get_default_dtype()
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:

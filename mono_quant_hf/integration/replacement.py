@@ -8,7 +8,9 @@ from torch import nn
 
 
 def replace_modules(
-    model: nn.Module, makers: Mapping[str, Callable[[nn.Module], nn.Module]], on_each: Callable[[str], None] | None = None
+    model: nn.Module,
+    makers: Mapping[str, Callable[[nn.Module], nn.Module]],
+    on_each: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Replace the named modules by what their maker makes of them, one after the other.
 

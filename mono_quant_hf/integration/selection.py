@@ -75,7 +75,7 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
 
     decisions = []
     for name, module in candidates.items():
-        settings = {"weights": config.weights, "symmetric": config.symmetric}
+        settings: dict[str, Any] = {"weights": config.weights, "symmetric": config.symmetric}
         skip, override = skips.first_match(name), overrides.first_match(name)
         if override is not None:
             settings |= (config.module_overrides or {})[override]
@@ -97,7 +97,10 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
             decision = decision.left_in_float(defaults[name])
             if override is not None:
                 logger.warning(
-                    "module_overrides[%r] has no effect on %s, which stays in float: %s.", override, name, decision.reason
+                    "module_overrides[%r] has no effect on %s, which stays in float: %s.",
+                    override,
+                    name,
+                    decision.reason,
                 )
         elif skip is not None:
             decision = decision.left_in_float(f"modules_to_not_convert: {skip!r}")
@@ -125,7 +128,9 @@ def log_summary(model_name: str, decisions: list[Decision]) -> None:
         logger.info("%s.", summary)
         return
     left_out = sorted((d for d in decisions if not d.quantized), key=lambda d: -d.parameters)[:3]
-    named = "; ".join(f"{d.module or 'the model itself'} ({d.parameters:,} parameters: {d.reason})" for d in left_out)
+    named = "; ".join(
+        f"{d.module or 'the model itself'} ({d.parameters:,} parameters: {d.reason})" for d in left_out
+    )
     logger.warning("%s. The largest left in float: %s.", summary, named)
 
 
@@ -150,7 +155,9 @@ def _default_skips(model: nn.Module, candidates: dict[str, nn.Module], weights: 
             users.setdefault(id(parameter), []).append(name)
     for names in users.values():
         for name in names if len(names) > 1 else ():
-            reasons.setdefault(name, f"it shares its weight with {next(other for other in names if other != name)}")
+            reasons.setdefault(
+                name, f"it shares its weight with {next(other for other in names if other != name)}"
+            )
     return reasons
 
 

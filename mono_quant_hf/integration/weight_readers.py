@@ -18,11 +18,18 @@ from torch import nn
 
 ANY_CHILD = "*"
 
-_HARMLESS_ATTRIBUTES = frozenset({"device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda"})
+_HARMLESS_ATTRIBUTES = frozenset(
+    {"device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda"}
+)
 _HARMLESS_CALLS = frozenset({"isinstance", "getattr", "hasattr", "id"})
 _SET_UP_METHODS = ("__init__", "init_", "_init_", "reset_parameters", "_tie_weights", "tie_weights")
 # Their methods concern any model, not the weights of one; and torch's own modules read only their own weight.
-_GENERAL_PACKAGES = ("torch.", "transformers.modeling_utils", "transformers.generation", "transformers.integrations")
+_GENERAL_PACKAGES = (
+    "torch.",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.integrations",
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def modules_whose_weight_is_read(model: nn.Module, weights: str) -> dict[str, st
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        for read in _reads_of_class(type(module)):
+        for read in _reads_of_class(type(module)):  # type: ignore[arg-type]  # classes hash
             if read.handles_int8 and weights == "int8":
                 continue
             for target in _resolve(module, read.path):
@@ -158,7 +165,9 @@ def _path(node: ast.expr, aliases: dict[str, tuple[str, ...]]) -> tuple[str, ...
     return None
 
 
-def _excepts_int8(method: ast.FunctionDef, path: tuple[str, ...], aliases: dict[str, tuple[str, ...]]) -> bool:
+def _excepts_int8(
+    method: ast.FunctionDef, path: tuple[str, ...], aliases: dict[str, tuple[str, ...]]
+) -> bool:
     """Whether the method compares the dtype of this very weight with torch.int8 before it acts on it."""
     for node in ast.walk(method):
         if not isinstance(node, ast.Compare):

@@ -1,13 +1,21 @@
 import numpy as np
 import pytest
 import torch
+import torch.ao.quantization.fx._decomposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import torch.ao.quantization.fx._decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
 from mono_quant_hf.core import calculate_scale_zp_per_channel, dequantize_codes, quantize_to_codes
 
-AXES_AND_SHAPES = [((7,), 0), ((5, 9), 0), ((5, 9), 1), ((5, 9), -1), ((4, 3, 2, 5), 0), ((4, 3, 2, 5), 2), ((2, 3, 4, 2, 2), -2)]
+AXES_AND_SHAPES = [
+    ((7,), 0),
+    ((5, 9), 0),
+    ((5, 9), 1),
+    ((5, 9), -1),
+    ((4, 3, 2, 5), 0),
+    ((4, 3, 2, 5), 2),
+    ((2, 3, 4, 2, 2), -2),
+]
 
 
 def numpy_scale_zp(weight: np.ndarray, symmetric: bool, axis: int):
@@ -16,9 +24,15 @@ def numpy_scale_zp(weight: np.ndarray, symmetric: bool, axis: int):
     scales, zero_points = [], []
     for row in rows:
         low, high = np.float32(min(0, row.min())), np.float32(max(0, row.max()))
-        scale = np.float32(max(-low, high) / np.float32(127)) if symmetric else np.float32((high - low) / np.float32(255))
+        scale = (
+            np.float32(max(-low, high) / np.float32(127))
+            if symmetric
+            else np.float32((high - low) / np.float32(255))
+        )
         scales.append(scale)
-        zero_points.append(0 if symmetric else int(np.clip(np.rint(np.float32(-128) - low / scale), -128, 127)))
+        zero_points.append(
+            0 if symmetric else int(np.clip(np.rint(np.float32(-128) - low / scale), -128, 127))
+        )
     return np.array(scales), np.array(zero_points)
 
 
@@ -60,7 +74,16 @@ def test_statistics_are_float32_whatever_the_weight(dtype):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     "row",
-    [[5.0, 5.0, 5.0], [-5.0, -5.0], [3.0, 4.0, 5.0], [-0.1, -7.0], [2.5], [1e-30, -1e-30], [1e-42, 3e-45], [3e38, 1e30]],
+    [
+        [5.0, 5.0, 5.0],
+        [-5.0, -5.0],
+        [3.0, 4.0, 5.0],
+        [-0.1, -7.0],
+        [2.5],
+        [1e-30, -1e-30],
+        [1e-42, 3e-45],
+        [3e38, 1e30],
+    ],
     ids=["constant", "negative constant", "positive", "negative", "one element", "tiny", "denormal", "huge"],
 )
 def test_awkward_channels_round_trip_within_half_a_step(row, symmetric):
@@ -80,9 +103,7 @@ def test_zero_channel_is_exact_beside_others(symmetric):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    rows=st.lists(
-        st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4), min_size=1, max_size=4
-    ),
+    rows=st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4), min_size=1, max_size=4),
     symmetric=st.booleans(),
 )
 def test_every_weight_round_trips_within_half_a_step_and_zero_exactly(rows, symmetric):

@@ -1,7 +1,7 @@
 import pytest
 import torch
+import torch.ao.quantization.fx._decomposed
 
-import torch.ao.quantization.fx._decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
 from mono_quant_hf.core import (
     dequantize_codes,
     dequantize_weight,
@@ -84,6 +84,28 @@ def test_bad_input_is_one_clear_error(function, argument, error, words):
 
 def test_a_torch_without_quantized_tensors_is_one_clear_error(monkeypatch):
     monkeypatch.delattr(torch, "quantize_per_channel")
-    with pytest.raises(RuntimeError, match="no longer has quantized tensors.*quantize_to_codes"):
+    with pytest.raises(RuntimeError, match=r"no longer has quantized tensors.*quantize_to_codes"):
         quantize_weight_int8(randn(2, 2))
     assert quantize_to_codes(randn(2, 2))[0].dtype == torch.int8
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("axes", [(0, 1), (2, 0), (-1, -3)])
+def test_several_axes_give_a_channel_to_each_combination(axes, symmetric):
+    weight = randn(3, 5, 7)
+    codes, scale, zero_point = quantize_to_codes(weight, symmetric, axes)
+    channels = {axis % 3 for axis in axes}
+    assert scale.shape == tuple(size if dim in channels else 1 for dim, size in enumerate(weight.shape))
+    inner = next(iter({1, 2} & channels)) - 1
+    for expert in range(3):
+        alone = quantize_to_codes(weight[expert], symmetric, inner)
+        together = (codes[expert], scale[expert], None if zero_point is None else zero_point[expert])
+        for one, other in zip(alone, together, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_no_axis_or_one_out_of_range_is_one_clear_error():
+    with pytest.raises(ValueError, match="name at least one axis"):
+        quantize_to_codes(randn(2, 2), axis=())
+    with pytest.raises(ValueError, match="axis 2 is out of range"):
+        quantize_to_codes(randn(2, 2), axis=(0, 2))

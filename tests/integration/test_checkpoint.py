@@ -42,13 +42,24 @@ def replace(name, make):
     [
         (lambda t: t.pop(f"{UP}.weight_scale"), rf"{UP}\.weight_scale is missing"),
         (lambda t: t.pop(f"{UP}.weight_zero_point"), rf"{UP}\.weight_zero_point is missing"),
-        (replace(f"{UP}.weight_scale", lambda s: s[:, 0].clone()), r"weight_scale.*F32 \[88\].*F32 \[88, 1\]"),
+        (
+            replace(f"{UP}.weight_scale", lambda s: s[:, 0].clone()),
+            r"weight_scale.*F32 \[88\].*F32 \[88, 1\]",
+        ),
         (replace(f"{UP}.weight_scale", lambda s: s[:-1].clone()), r"weight_scale.*\[87, 1\].*\[88, 1\]"),
         (replace(f"{UP}.weight_scale", torch.Tensor.bfloat16), r"weight_scale.*BF16.*F32"),
         (replace(f"{UP}.weight_zero_point", torch.Tensor.float), r"weight_zero_point.*F32.*I8"),
         (replace(f"{UP}.weight", lambda w: w[:, :-1].clone()), rf"{UP}\.weight.*\[88, 31\].*\[88, 32\]"),
     ],
-    ids=["no scale", "no zero-point", "flat scale", "short scale", "bf16 scale", "float zero-point", "weight shape"],
+    ids=[
+        "no scale",
+        "no zero-point",
+        "flat scale",
+        "short scale",
+        "bf16 scale",
+        "float zero-point",
+        "weight shape",
+    ],
 )
 def test_damage_names_the_file_and_the_tensor(folder, change, words):
     edit(folder, change)
@@ -96,14 +107,16 @@ def test_a_newer_format_version_says_to_upgrade(folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["format_version"] = 99
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format_version=99.*upgrade mono_quant_hf"):
+    with pytest.raises(ValueError, match=r"format_version=99.*upgrade mono_quant_hf"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_a_float_checkpoint_of_another_shape_is_refused_while_quantizing(tmp_path):
     tiny_models.llama().save_pretrained(tmp_path)
     edit(tmp_path, replace(f"{UP}.weight", lambda w: w[:, :-1].clone()))
-    with pytest.raises(ValueError, match=rf"{UP}\.weight has shape \(88, 31\) where the model has \(88, 32\)"):
+    with pytest.raises(
+        ValueError, match=rf"{UP}\.weight has shape \(88, 31\) where the model has \(88, 32\)"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=MonoQuantConfig())
 
 

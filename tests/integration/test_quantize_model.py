@@ -79,14 +79,20 @@ def test_multihead_attention_still_works():
     x = torch.randn(2, 3, 8)
     expected = model(x)
     quantize_model(model)
-    assert isinstance(model.linear1, QuantizedLinear) and type(model.self_attn.out_proj) is not QuantizedLinear
+    assert (
+        isinstance(model.linear1, QuantizedLinear) and type(model.self_attn.out_proj) is not QuantizedLinear
+    )
     assert relative_error(model(x), expected) < 0.05
 
 
 @pytest.mark.parametrize(
     ("value", "config", "words"),
     [
-        (float("nan"), MonoQuantConfig(), r"model\.layers\.1\.mlp\.down_proj\.weight cannot be quantized.*1 NaN"),
+        (
+            float("nan"),
+            MonoQuantConfig(),
+            r"model\.layers\.1\.mlp\.down_proj\.weight cannot be quantized.*1 NaN",
+        ),
         (float("inf"), MonoQuantConfig(symmetric=True), r"layers\.1\.mlp\.down_proj\.weight.*1 infinite"),
         (70000.0, MonoQuantConfig(weights="float16"), r"layers\.1\.mlp\.down_proj\.weight.*65504.*int8"),
     ],
@@ -97,7 +103,9 @@ def test_a_bad_weight_is_named_and_nothing_is_left_half_done(value, config, word
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=words):
         quantize_model(model, config)
-    assert not [m for m in model.modules() if isinstance(m, QuantizedModule)] and not hasattr(model, "hf_quantizer")
+    assert not [m for m in model.modules() if isinstance(m, QuantizedModule)] and not hasattr(
+        model, "hf_quantizer"
+    )
     assert all(torch.equal(t, before[n]) or t.isnan().any() for n, t in model.state_dict().items())
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=words):
@@ -110,7 +118,12 @@ def test_a_bad_weight_is_named_and_nothing_is_left_half_done(value, config, word
         (lambda: "model", None, TypeError, "not on str"),
         (lambda: nn.Linear(2, 2), {"weights": "int8"}, TypeError, "MonoQuantConfig, not dict"),
         (lambda: quantize_model(nn.Sequential(nn.Linear(2, 2))), None, ValueError, "quantized already"),
-        (lambda: nn.Sequential(nn.Linear(2, 2, device="meta")), None, ValueError, "offloaded.*from_pretrained"),
+        (
+            lambda: nn.Sequential(nn.Linear(2, 2, device="meta")),
+            None,
+            ValueError,
+            "offloaded.*from_pretrained",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(model, config, error, words):
@@ -122,5 +135,5 @@ def test_an_offloaded_model_is_refused_with_the_remedy(tmp_path):
     from accelerate import disk_offload
 
     model = disk_offload(tiny_models.llama(), tmp_path)
-    with pytest.raises(ValueError, match="offloaded.*device_map"):
+    with pytest.raises(ValueError, match=r"offloaded.*device_map"):
         quantize_model(model)

@@ -18,7 +18,9 @@ def test_every_module_with_weights_has_a_decision_as_plain_data():
     assert by_name["model.layers.0.mlp.up_proj"] == Decision(
         "model.layers.0.mlp.up_proj", "Linear", "int8", True, "", 32 * 88
     )
-    assert by_name["lm_head"] == Decision("lm_head", "Linear", "float", None, "output head or tied weight", 64 * 32)
+    assert by_name["lm_head"] == Decision(
+        "lm_head", "Linear", "float", None, "output head or tied weight", 64 * 32
+    )
     assert json.loads(json.dumps([d.to_dict() for d in decisions]))[0]["module"] == "model.embed_tokens"
 
 

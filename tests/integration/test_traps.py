@@ -25,14 +25,25 @@ def llama_folder(tmp_path):
 
 
 def load(folder, config=None, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config or MonoQuantConfig(), **kwargs)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config or MonoQuantConfig(), **kwargs
+    )
 
 
-@pytest.mark.parametrize("config", [MonoQuantConfig(), MonoQuantConfig(weights="float16")], ids=["int8", "float16"])
+@pytest.mark.parametrize(
+    "config", [MonoQuantConfig(), MonoQuantConfig(weights="float16")], ids=["int8", "float16"]
+)
 @pytest.mark.parametrize("where", ["model.layers.0", "model.layers", ""])
 def test_2_disk_offload_while_quantizing_on_load_offloads_the_codes(where, config, llama_folder, tmp_path):
     expected = logits(load(llama_folder, config))
-    rest = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    rest = (
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.1",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+    )
     device_map = {name: "disk" if name.startswith(where) else "cpu" for name in rest}
     offloaded = load(llama_folder, config, device_map=device_map, offload_folder=tmp_path / "offload")
     assert next(offloaded.model.layers[0].parameters()).device.type == "meta"
@@ -60,7 +71,10 @@ def test_4_an_override_of_a_default_skip_is_not_silently_ignored(llama_folder, c
     with caplog.at_level(logging.WARNING, "mono_quant_hf"):
         model = load(llama_folder, MonoQuantConfig(module_overrides={"lm_head": {"weights": "int8"}}))
     assert type(model.lm_head) is torch.nn.Linear
-    assert "module_overrides['lm_head'] has no effect on lm_head, which stays in float: output head" in caplog.text
+    assert (
+        "module_overrides['lm_head'] has no effect on lm_head, which stays in float: output head"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("field", ["modules_to_not_convert", "module_overrides"])
@@ -80,7 +94,9 @@ def test_5_names_count_with_and_without_the_prefix_of_the_base_model(pattern, ll
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
 
 
-@pytest.mark.parametrize("pattern", ["model.layers.1", "down_proj", "model.norm", r"model.layers.\d+.mlp", "lm_head"])
+@pytest.mark.parametrize(
+    "pattern", ["model.layers.1", "down_proj", "model.norm", r"model.layers.\d+.mlp", "lm_head"]
+)
 def test_5_a_pattern_that_matches_is_no_warning_and_is_the_reason_given(pattern, llama_folder, caplog):
     with caplog.at_level(logging.WARNING, "mono_quant_hf"):
         model = load(llama_folder, MonoQuantConfig(modules_to_not_convert=[pattern]))
@@ -94,7 +110,12 @@ def test_5_a_pattern_that_matches_is_no_warning_and_is_the_reason_given(pattern,
 def test_6_a_model_that_asks_for_the_dtype_of_a_weight_gets_a_float_one(weights, tmp_path):
     torch.manual_seed(0)
     config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
     )
     model = CLIPVisionModel(config).eval()
     with torch.no_grad():
@@ -142,7 +163,10 @@ def test_10_a_small_share_of_quantized_parameters_is_a_warning_with_the_names_le
     model = torch.nn.Sequential(torch.nn.Embedding(1000, 8), torch.nn.Linear(8, 8))
     with caplog.at_level(logging.WARNING, "mono_quant_hf"):
         quantize_model(model)
-    assert "1 of 2 modules quantized, 0.9% of their parameters. The largest left in float: 0 (8,000" in caplog.text
+    assert (
+        "1 of 2 modules quantized, 0.9% of their parameters. The largest left in float: 0 (8,000"
+        in caplog.text
+    )
 
 
 @pytest.mark.real_model
@@ -179,5 +203,7 @@ def test_11_a_gguf_model_in_memory_can_be_quantized_and_saved(smollm2, tmp_path)
 def test_an_integer_input_names_the_module_and_the_remedy(tmp_path):
     tiny_models.resnet().save_pretrained(tmp_path)
     model = AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=MonoQuantConfig())
-    with pytest.raises(TypeError, match=r"resnet\.embedder.*got an input of dtype int8.*modules_to_not_convert"):
+    with pytest.raises(
+        TypeError, match=r"resnet\.embedder.*got an input of dtype int8.*modules_to_not_convert"
+    ):
         model(pixel_values=tiny_models.IMAGES.to(torch.int8))

@@ -31,7 +31,9 @@ def float_twin(module, dtype, symmetric):
     """The module with the weight that the codes of core stand for: what the quantized one must compute."""
     twin = copy.deepcopy(module)
     weight = module.weight.detach()
-    weight = weight.half() if dtype is torch.float16 else dequantize_codes(*quantize_to_codes(weight, symmetric))
+    weight = (
+        weight.half() if dtype is torch.float16 else dequantize_codes(*quantize_to_codes(weight, symmetric))
+    )
     twin.weight.data = weight
     return twin.double()
 
@@ -83,7 +85,9 @@ def test_storage_is_what_the_format_says(symmetric):
     assert stored == expected
 
 
-@pytest.mark.parametrize("geometry", [{"padding": 1, "stride": 2}, {"groups": 4}, {"padding": "same", "dilation": 2}])
+@pytest.mark.parametrize(
+    "geometry", [{"padding": 1, "stride": 2}, {"groups": 4}, {"padding": "same", "dilation": 2}]
+)
 def test_gradients_are_those_of_the_dequantized_weight_and_it_is_not_kept(geometry):
     quantized = quantize_conv2d_module(nn.Conv2d(4, 8, 3, **geometry))
     x = torch.randn(2, 4, 8, 8, requires_grad=True)

@@ -21,7 +21,9 @@ def make(in_features=20, out_features=7, bias=True, dtype=torch.float32):
 def by_hand(module, x, dtype, symmetric):
     """Arithmetic in float64 on the weight that the codes of core stand for."""
     weight = module.weight.detach()
-    weight = weight.half() if dtype is torch.float16 else dequantize_codes(*quantize_to_codes(weight, symmetric))
+    weight = (
+        weight.half() if dtype is torch.float16 else dequantize_codes(*quantize_to_codes(weight, symmetric))
+    )
     bias = None if module.bias is None else module.bias.detach().double()
     return nn.functional.linear(x.double(), weight.double(), bias)
 
@@ -38,14 +40,18 @@ def test_result_is_float_arithmetic_on_the_dequantized_weight(dtype, symmetric, 
         y = quantized(x)
     assert y.dtype == compute and y.shape == (2, 3, 7)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[compute]
-    torch.testing.assert_close(y.double(), by_hand(module, x, dtype, symmetric), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        y.double(), by_hand(module, x, dtype, symmetric), rtol=tolerance, atol=tolerance
+    )
 
 
 @SETTINGS
 def test_storage_is_what_the_format_says_before_and_after_a_forward(dtype, symmetric):
     quantized = quantize_linear_module(make(), dtype, symmetric)
     for _ in range(2):
-        stored = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in quantized.state_dict().items()}
+        stored = {
+            name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in quantized.state_dict().items()
+        }
         expected = {"bias": (torch.float32, (7,))}
         if dtype is torch.float16:
             expected["weight"] = (torch.float16, (7, 20))
@@ -73,7 +79,9 @@ def test_made_directly_it_is_usable_and_quantizes_its_own_weight(dtype, symmetri
 
 
 def test_extra_repr_says_what_it_is():
-    assert "in_features=10, out_features=5, bias=True, weights=int8, asymmetric" in repr(QuantizedLinear(10, 5))
+    assert "in_features=10, out_features=5, bias=True, weights=int8, asymmetric" in repr(
+        QuantizedLinear(10, 5)
+    )
     assert "weights=int8, symmetric" in repr(QuantizedLinear(10, 5, symmetric=True))
     assert "weights=float16" in repr(QuantizedLinear(10, 5, dtype=torch.float16))
 
@@ -92,7 +100,17 @@ def test_extra_repr_says_what_it_is():
         lambda m: m.to(device="cpu", dtype=torch.float16),
         lambda m: m.train().eval().requires_grad_(False),
     ],
-    ids=["deepcopy", "pickle", "cpu", "bfloat16", "half-float", "double", "type", "device and dtype", "modes"],
+    ids=[
+        "deepcopy",
+        "pickle",
+        "cpu",
+        "bfloat16",
+        "half-float",
+        "double",
+        "type",
+        "device and dtype",
+        "modes",
+    ],
 )
 def test_nothing_is_lost(dtype, symmetric, survive):
     quantized = quantize_linear_module(make(), dtype, symmetric)
@@ -100,7 +118,10 @@ def test_nothing_is_lost(dtype, symmetric, survive):
     survivor = survive(quantized)
     for name, tensor in before.items():
         if name != "bias":
-            assert torch.equal(survivor.state_dict()[name], tensor) and survivor.state_dict()[name].dtype == tensor.dtype
+            assert (
+                torch.equal(survivor.state_dict()[name], tensor)
+                and survivor.state_dict()[name].dtype == tensor.dtype
+            )
     x = torch.randn(2, 20)
     torch.testing.assert_close(survivor(x), quantized(x), rtol=1e-2, atol=1e-2)
     assert survivor.symmetric == quantized.symmetric and survivor.weights == quantized.weights
