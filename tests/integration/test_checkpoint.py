@@ -91,7 +91,7 @@ def test_a_float_weight_where_the_config_says_int8_is_loaded_as_float(folder, mo
     edit(folder, make_float)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert type(loaded.get_submodule(UP)) is torch.nn.Linear
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    assert tiny_models.relative_error(logits(loaded), logits(model)) < 1e-3
     decision = next(d for d in loaded.hf_quantizer.decisions if d.module == UP)
     assert decision.reason == "float in the checkpoint"
 
