@@ -7,7 +7,10 @@ INT8_MIN, INT8_MAX = -128, 127
 
 
 def calculate_scale_zp_per_channel(
-    tensor: Tensor, dtype: torch.dtype = torch.qint8, symmetric: bool = False, axis: int = 0
+    tensor: Tensor,
+    dtype: torch.dtype = torch.qint8,
+    symmetric: bool = False,
+    axis: int | tuple[int, ...] = 0,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero-point of every channel of a weight.
 
@@ -24,10 +27,12 @@ def calculate_scale_zp_per_channel(
         tensor: floating-point weight of any shape with at least one dimension and no empty dimension.
         dtype: `torch.qint8`, the only code type there is.
         symmetric: keep the zero-point at 0 and the codes in [-127, 127].
-        axis: the channel dimension; negative counts from the end.
+        axis: the channel dimension; negative counts from the end. A tuple of dimensions gives a channel to each
+            combination of their indices, such as (0, 1) for every output row of every expert.
 
     Returns:
-        `(scale, zero_point)`: float32 `[channels]`, strictly positive, and int64 `[channels]`.
+        `(scale, zero_point)`: float32 `[channels]`, strictly positive, and int64 `[channels]`; for a tuple of
+        dimensions, with these dimensions in the order of the tensor.
 
     Raises:
         TypeError: the tensor is not floating-point.
@@ -42,8 +47,8 @@ def calculate_scale_zp_per_channel(
     """
     if dtype is not torch.qint8:
         raise ValueError(f"dtype must be torch.qint8, the code type of int8 quantization, not {dtype}.")
-    axis = check_weight(tensor, axis)
-    other_dims = [dim for dim in range(tensor.dim()) if dim != axis]
+    axes = check_weight(tensor, axis)
+    other_dims = [dim for dim in range(tensor.dim()) if dim not in axes]
     # amin and amax of no dimension reduce over all of them, so a 1-D weight (a channel per element) is its own
     # range. Reducing before the cast to float32 is exact and saves a float32 copy of the weight.
     low = (tensor.amin(dim=other_dims) if other_dims else tensor).float()
@@ -66,22 +71,30 @@ def calculate_scale_zp_per_channel(
     return scale, zero_point.to(torch.int64)
 
 
-def check_weight(tensor: Tensor, axis: int = 0) -> int:
-    """Refuse what cannot be quantized per channel; return the axis counted from the front."""
+def check_weight(tensor: Tensor, axis: int | tuple[int, ...] = 0) -> tuple[int, ...]:
+    """Refuse what cannot be quantized per channel; return the axes counted from the front, in ascending order."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"Expected a floating-point tensor, got {type(tensor).__name__}.")
     if tensor.is_quantized or not tensor.is_floating_point():
-        raise TypeError(f"Expected a floating-point tensor, got one of {tensor.dtype}; dequantize or cast it first.")
+        raise TypeError(
+            f"Expected a floating-point tensor, got one of {tensor.dtype}; dequantize or cast it first."
+        )
     if tensor.dim() == 0:
         raise ValueError("A scalar has no channels; pass a tensor with at least one dimension.")
     if tensor.numel() == 0:
-        raise ValueError(f"A tensor of shape {tuple(tensor.shape)} has no elements, so its channels have no range.")
-    if not -tensor.dim() <= axis < tensor.dim():
         raise ValueError(
-            f"axis {axis} is out of range for a tensor of shape {tuple(tensor.shape)}; "
-            f"choose one from {-tensor.dim()} to {tensor.dim() - 1}."
+            f"A tensor of shape {tuple(tensor.shape)} has no elements, so its channels have no range."
         )
-    return axis % tensor.dim()
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not axes:
+        raise ValueError("An empty tuple of axes leaves no channels; name at least one axis.")
+    for one in axes:
+        if not -tensor.dim() <= one < tensor.dim():
+            raise ValueError(
+                f"axis {one} is out of range for a tensor of shape {tuple(tensor.shape)}; "
+                f"choose one from {-tensor.dim()} to {tensor.dim() - 1}."
+            )
+    return tuple(sorted({one % tensor.dim() for one in axes}))
 
 
 def _describe_not_finite(tensor: Tensor) -> str:

@@ -16,7 +16,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def quantize_to_codes(
-    weight: Tensor, symmetric: bool = False, axis: int = 0
+    weight: Tensor, symmetric: bool = False, axis: int | tuple[int, ...] = 0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round a weight to per-channel int8 codes: `codes = clamp(round(weight / scale) + zero_point)`.
 
@@ -27,7 +27,7 @@ def quantize_to_codes(
     Args:
         weight: floating-point, any shape with at least one dimension and no empty one.
         symmetric: zero-point 0 and codes in [-127, 127]; else the full [-128, 127] with a zero-point.
-        axis: the channel dimension.
+        axis: the channel dimension, or a tuple of them for a channel per combination of their indices.
 
     Returns:
         `(codes, scale, zero_point)`: int8 as the weight; float32 and int8 with the channels along `axis` and size 1
@@ -44,11 +44,10 @@ def quantize_to_codes(
         >>> bool((dequantize_codes(codes, scale, zero_point)[1] == 0).all())
         True
     """
-    axis = check_weight(weight, axis)
+    axes = check_weight(weight, axis)
     weight = weight.detach()
-    scale, zero_point = calculate_scale_zp_per_channel(weight, symmetric=symmetric, axis=axis)
-    shape = [1] * weight.dim()
-    shape[axis] = -1
+    scale, zero_point = calculate_scale_zp_per_channel(weight, symmetric=symmetric, axis=axes)
+    shape = [size if dim in axes else 1 for dim, size in enumerate(weight.shape)]
     scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     # In place: one float32 copy of the weight is all the memory that rounding takes.
     steps = weight.float() * (1.0 / scale)
@@ -99,7 +98,7 @@ def quantize_weight_int8(weight: Tensor, symmetric: bool = False, axis: int = 0)
         >>> quantized.dtype, bool((dequantize_weight(quantized) - weight).abs().max() < 0.004)
         (torch.qint8, True)
     """
-    axis = check_weight(weight, axis)
+    (axis,) = check_weight(weight, axis)
     scale, zero_point = calculate_scale_zp_per_channel(weight.detach(), symmetric=symmetric, axis=axis)
     if not hasattr(torch, "quantize_per_channel"):
         raise RuntimeError(

@@ -1,17 +1,40 @@
 """Modules that hold int8 codes or float16 weights, usable in any `nn.Module`."""
 
 from .base import QuantizedModule
-from .conv import QuantizedConv2d, quantize_conv2d_module
+from .conv import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+    quantize_conv2d_module,
+)
+from .conv1d_projection import QuantizedConv1DProjection
+from .experts import QuantizedExperts
 from .linear import QuantizedLinear, quantize_linear_module
-from .registry import QUANTIZED_CLASSES, quantized_class_for, register_quantized_class
+from .registry import (
+    QUANTIZED_CLASSES,
+    quantized_class_for,
+    register_quantized_class,
+    register_quantized_class_finder,
+)
 
 __all__ = [
     "QUANTIZED_CLASSES",
+    "QuantizedConv1DProjection",
+    "QuantizedConv1d",
     "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedConvTranspose1d",
+    "QuantizedConvTranspose2d",
+    "QuantizedConvTranspose3d",
+    "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedModule",
     "quantize_conv2d_module",
     "quantize_linear_module",
     "quantized_class_for",
     "register_quantized_class",
+    "register_quantized_class_finder",
 ]

@@ -37,6 +37,8 @@ class QuantizedModule(nn.Module):
     weight_axes: ClassVar[dict[str, int | tuple[int, ...]]] = {"weight": 0}
     """Name of each weight to quantize, and the axis (or axes) along which it has a scale each."""
 
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
     weights: str
     """`"int8"` or `"float16"`."""
     symmetric: bool
@@ -73,7 +75,9 @@ class QuantizedModule(nn.Module):
         Everything else of the module (bias, hooks, arguments, training mode) is kept as it is.
         """
         if weights not in STORAGE_DTYPES:
-            raise ValueError(f"weights must be one of {', '.join(map(repr, STORAGE_DTYPES))}, not {weights!r}.")
+            raise ValueError(
+                f"weights must be one of {', '.join(map(repr, STORAGE_DTYPES))}, not {weights!r}."
+            )
         reason = cls.refuses(module)
         if reason is not None:
             raise ValueError(f"{name or type(module).__name__} cannot become a {cls.__name__}: {reason}.")
@@ -95,7 +99,9 @@ class QuantizedModule(nn.Module):
                 twin._parameters[key] = nn.Parameter(tensor, requires_grad=False)
         return twin
 
-    def _set_up_storage(self, weights: str, symmetric: bool, float_class: type[nn.Module], name: str | None) -> None:
+    def _set_up_storage(
+        self, weights: str, symmetric: bool, float_class: type[nn.Module], name: str | None
+    ) -> None:
         self.weights = weights
         self.symmetric = symmetric if weights == "int8" else True
         self.float_class = float_class
@@ -127,17 +133,22 @@ class QuantizedModule(nn.Module):
         full_name = f"{self.module_name}.{weight_name}" if self.module_name else weight_name
         expected = self.get_parameter(weight_name).shape
         if weight.shape != expected:
-            raise ValueError(f"{full_name} has shape {tuple(weight.shape)} where the model has {tuple(expected)}.")
+            raise ValueError(
+                f"{full_name} has shape {tuple(weight.shape)} where the model has {tuple(expected)}."
+            )
         try:
             if self.weights == "float16":
                 return {weight_name: quantize_weight_fp16(weight)}
-            codes, scale, zero_point = quantize_to_codes(weight, self.symmetric, self.weight_axes[weight_name])
+            codes, scale, zero_point = self._quantize(weight_name, weight)
         except ValueError as problem:
             raise ValueError(f"{full_name} cannot be quantized. {problem}") from None
         tensors = {weight_name: codes, f"{weight_name}_scale": scale}
         if zero_point is not None:
             tensors[f"{weight_name}_zero_point"] = zero_point
         return tensors
+
+    def _quantize(self, weight_name: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return quantize_to_codes(weight, self.symmetric, self.weight_axes[weight_name])
 
     def dequantized(self, weight_name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in `dtype`."""

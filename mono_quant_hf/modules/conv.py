@@ -1,24 +1,23 @@
 """Convolutions with int8 or float16 weights."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mono_quant_hf.kernels.convolution import convolution
+from mono_quant_hf.kernels.portable import without_autocast
 
 from .base import QuantizedModule, weights_of_dtype
 from .registry import register_quantized_class
 
 
-@register_quantized_class(nn.Conv2d)
-class QuantizedConv2d(QuantizedModule, nn.Conv2d):
-    """`nn.Conv2d` with a weight of int8 codes (a scale and zero-point per output channel) or float16.
-
-    Made from a trained module by `quantize_conv2d_module`; stride, padding, dilation, groups, padding mode and bias
-    are those of the original. The output has the dtype of the input, with and without autocast.
+class QuantizedConvolution(QuantizedModule, nn.modules.conv._ConvNd):
+    """The forward of convolutions of any number of dimensions; stride, padding mode and so on are the original's.
 
     Shapes:
-        weight int8 or float16 `[out, in / groups, height, width]`, weight_scale float32 `[out, 1, 1, 1]`,
+        weight int8 or float16 `[out, in / groups, *kernel]`, weight_scale float32 `[out, 1, ...]`,
         weight_zero_point int8 as the scale or None, bias float `[out]` or None.
     """
 
@@ -27,7 +26,9 @@ class QuantizedConv2d(QuantizedModule, nn.Conv2d):
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+            with without_autocast(input.device):  # which would make float32 of it
+                input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(self.kernel_size)
         return convolution(
             input,
             self.weight,
@@ -39,6 +40,81 @@ class QuantizedConv2d(QuantizedModule, nn.Conv2d):
             dilation=self.dilation,
             groups=self.groups,
         )
+
+
+class QuantizedTransposedConvolution(QuantizedModule, nn.modules.conv._ConvTransposeNd):
+    """The forward of transposed convolutions of any number of dimensions.
+
+    The weight is `[in, out / groups, *kernel]` and has a scale for each index of its second axis: one per output
+    channel, which the groups share where there are several.
+
+    Shapes:
+        weight int8 or float16 `[in, out / groups, *kernel]`, weight_scale float32 `[1, out / groups, 1, ...]`,
+        weight_zero_point int8 as the scale or None, bias float `[out]` or None.
+    """
+
+    weight_axes: ClassVar[dict[str, int | tuple[int, ...]]] = {"weight": 1}
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        self.check_input(input)
+        padding = self.padding
+        assert not isinstance(padding, str)  # torch refuses it when the module is made
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            list(self.stride),
+            list(padding),
+            list(self.kernel_size),
+            len(self.kernel_size),
+            list(self.dilation),
+        )
+        return convolution(
+            input,
+            self.weight,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            transposed=True,
+            output_padding=output_padding,
+        )
+
+
+@register_quantized_class(nn.Conv1d)
+class QuantizedConv1d(QuantizedConvolution, nn.Conv1d):
+    """`nn.Conv1d` with int8 codes (a scale and zero-point per output channel) or a float16 weight."""
+
+
+@register_quantized_class(nn.Conv2d)
+class QuantizedConv2d(QuantizedConvolution, nn.Conv2d):
+    """`nn.Conv2d` with a weight of int8 codes (a scale and zero-point per output channel) or float16.
+
+    Made from a trained module by `quantize_conv2d_module`; stride, padding, dilation, groups, padding mode and bias
+    are those of the original. The output has the dtype of the input, with and without autocast.
+    """
+
+
+@register_quantized_class(nn.Conv3d)
+class QuantizedConv3d(QuantizedConvolution, nn.Conv3d):
+    """`nn.Conv3d` with int8 codes (a scale and zero-point per output channel) or a float16 weight."""
+
+
+@register_quantized_class(nn.ConvTranspose1d)
+class QuantizedConvTranspose1d(QuantizedTransposedConvolution, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with int8 codes (scales along the second axis) or a float16 weight."""
+
+
+@register_quantized_class(nn.ConvTranspose2d)
+class QuantizedConvTranspose2d(QuantizedTransposedConvolution, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with int8 codes (scales along the second axis) or a float16 weight."""
+
+
+@register_quantized_class(nn.ConvTranspose3d)
+class QuantizedConvTranspose3d(QuantizedTransposedConvolution, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` with int8 codes (scales along the second axis) or a float16 weight."""
 
 
 def quantize_conv2d_module(

@@ -1,4 +1,4 @@
-"""The table {source class: quantized class}."""
+"""The table {source class: quantized class}, and the finders for classes that no table can list."""
 
 from __future__ import annotations
 
@@ -10,12 +10,36 @@ from torch import nn
 from .base import QuantizedModule
 
 Q = TypeVar("Q", bound=QuantizedModule)
+Finder = Callable[[nn.Module], type[QuantizedModule] | None]
 
 QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedModule]] = {}
+QUANTIZED_CLASS_FINDERS: list[Finder] = []
 
 
 def register_quantized_class(source: type[nn.Module]) -> Callable[[type[Q]], type[Q]]:
-    """Decorator that makes a `QuantizedModule` subclass the quantized form of `source`."""
+    """Decorator that makes a `QuantizedModule` subclass the quantized form of `source` and its subclasses.
+
+    A subclass of `source` is replaced only if its forward is that of `source`; register the subclass itself if its
+    forward is its own. A later registration replaces an earlier one.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf import kernels, quantize_model
+        >>> from mono_quant_hf.modules import QuantizedModule, register_quantized_class
+        >>> class Doubled(torch.nn.Linear):
+        ...     def forward(self, input):
+        ...         return 2 * super().forward(input)
+        >>> @register_quantized_class(Doubled)
+        ... class QuantizedDoubled(QuantizedModule, Doubled):
+        ...     def forward(self, input):
+        ...         return 2 * kernels.linear(
+        ...             input, self.weight, self.weight_scale, self.weight_zero_point, self.bias
+        ...         )
+        >>> quantize_model(torch.nn.Sequential(Doubled(8, 2)))
+        Sequential(
+          (0): QuantizedDoubled(in_features=8, out_features=2, bias=True, weights=int8, asymmetric)
+        )
+    """
 
     def register(quantized: type[Q]) -> type[Q]:
         QUANTIZED_CLASSES[source] = quantized
@@ -24,8 +48,22 @@ def register_quantized_class(source: type[nn.Module]) -> Callable[[type[Q]], typ
     return register
 
 
+def register_quantized_class_finder(finder: Finder) -> Finder:
+    """Decorator for a function that names the quantized class of a module whose class the table does not know.
+
+    It is given the module (perhaps on the meta device) and answers with a class, made for the purpose if need be, or
+    None. Finders are asked in the order of their registration.
+    """
+    QUANTIZED_CLASS_FINDERS.append(finder)
+    return finder
+
+
 def quantized_class_for(module: nn.Module) -> type[QuantizedModule] | None:
     """The quantized class of the module's class or of its nearest registered base; None if there is none."""
     if isinstance(module, QuantizedModule):
         return None
-    return next((QUANTIZED_CLASSES[base] for base in type(module).__mro__ if base in QUANTIZED_CLASSES), None)
+    for base in type(module).__mro__:
+        if base in QUANTIZED_CLASSES:
+            return QUANTIZED_CLASSES[base]
+    found = (finder(module) for finder in QUANTIZED_CLASS_FINDERS)
+    return next((quantized for quantized in found if quantized is not None), None)
