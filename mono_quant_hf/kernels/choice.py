@@ -109,7 +109,16 @@ def decide(
     return _compiled(weight_dtype, tokens, setting)
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=decide.cache_clear)
+
+
 def _compiled(weight_dtype: torch.dtype, tokens: int, setting: str) -> Choice:
+    if cpu.forked() and (weight_dtype == torch.int8 or cpu.converts_halves()) and setting == "auto":
+        # torch's own matmul waits for threads that stayed with the parent, where the parent had used them.
+        if tokens > 1 and weight_dtype == torch.int8:
+            return Choice("int16", "after a fork: one thread, and none of torch's")
+        return Choice("float", "after a fork: one thread, and none of torch's")
     if weight_dtype == torch.float16:
         if not cpu.converts_halves():
             return Choice("blocks", "this processor does not convert float16")

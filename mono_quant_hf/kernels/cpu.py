@@ -95,7 +95,8 @@ def _load() -> None:
             seconds,
         )
     else:
-        where = "read from the cache" if seconds < 1.5 else "compiled, and cached for the next process,"
+        hit = compiled.linear_int16.stats.cache_hits
+        where = "read from the cache" if hit else "compiled, and cached for the next process,"
         log.info("The CPU kernels were %s in %.1f s.", where, seconds)
     _runtime.compiled = compiled
 
@@ -127,6 +128,11 @@ def converts_halves() -> bool:
     """Whether the processor turns float16 into float32 by itself."""
     compiled = load()
     return compiled is not None and compiled.HALF
+
+
+def forked() -> bool:
+    """Whether this process is the child of a fork, where a parallel matmul of torch may wait for ever."""
+    return _runtime.forked
 
 
 def _threads() -> int:
