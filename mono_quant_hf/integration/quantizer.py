@@ -19,6 +19,7 @@ from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
 from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
 from .conversions import PassThrough, QuantizeWeights
+from .placement import keep_tied_together
 from .replacement import replace_modules
 from .selection import AliasesOf, Decision, decide, log_summary
 
@@ -48,13 +49,20 @@ class MonoQuantHfQuantizer(HfQuantizer):
 
     # Before the weights are loaded
 
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        # A copy, since keep_tied_together may change it and it is the caller's.
+        return dict(device_map) if isinstance(device_map, dict) else device_map
+
     def _process_model_before_weight_loading(
         self,
         model: PreTrainedModel,
         dtype: torch.dtype | None = None,
         checkpoint_files: Sequence[str] | None = None,
+        device_map: Any = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(device_map, dict):
+            keep_tied_together(model, device_map)
         decisions = decide(model, self.quantization_config, dtype)
         stored = read_headers(checkpoint_files) if self.pre_quantized and checkpoint_files else {}
         aliases = AliasesOf(model)
