@@ -13,6 +13,7 @@ from .conv import (
 from .conv1d_projection import QuantizedConv1DProjection
 from .experts import QuantizedExperts
 from .linear import QuantizedLinear, quantize_linear_module
+from .linear_variant import QuantizedLinearVariant
 from .registry import (
     QUANTIZED_CLASSES,
     quantized_class_for,
@@ -31,6 +32,7 @@ __all__ = [
     "QuantizedConvTranspose3d",
     "QuantizedExperts",
     "QuantizedLinear",
+    "QuantizedLinearVariant",
     "QuantizedModule",
     "quantize_conv2d_module",
     "quantize_linear_module",

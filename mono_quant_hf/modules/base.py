@@ -66,7 +66,8 @@ class QuantizedModule(nn.Module):
     @classmethod
     def source_class(cls) -> type[nn.Module]:
         """The float class that this one stands for."""
-        return next(base for base in cls.__mro__[1:] if not issubclass(base, QuantizedModule))
+        bases = (base for base in cls.__mro__[1:] if issubclass(base, nn.Module))
+        return next(base for base in bases if not issubclass(base, QuantizedModule))
 
     @classmethod
     def empty_like(cls, module: nn.Module, weights: str, symmetric: bool, name: str | None = None) -> Self:

@@ -49,7 +49,7 @@ def register_quantized_class(source: type[nn.Module]) -> Callable[[type[Q]], typ
 
 
 def register_quantized_class_finder(finder: Finder) -> Finder:
-    """Decorator for a function that names the quantized class of a module whose class the table does not know.
+    """Decorator for a function that names the quantized class of a module that the table does not know how to replace.
 
     It is given the module (perhaps on the meta device) and answers with a class, made for the purpose if need be, or
     None. Finders are asked in the order of their registration.
@@ -59,11 +59,16 @@ def register_quantized_class_finder(finder: Finder) -> Finder:
 
 
 def quantized_class_for(module: nn.Module) -> type[QuantizedModule] | None:
-    """The quantized class of the module's class or of its nearest registered base; None if there is none."""
+    """The quantized class for a module, perhaps one that refuses it; None if there is none.
+
+    It is that of the module's class or of its nearest registered base. Where that base is not one whose forward the
+    module runs, a finder may know better.
+    """
     if isinstance(module, QuantizedModule):
         return None
-    for base in type(module).__mro__:
-        if base in QUANTIZED_CLASSES:
-            return QUANTIZED_CLASSES[base]
+    base = next((base for base in type(module).__mro__ if base in QUANTIZED_CLASSES), None)
+    if base is not None and type(module).forward is base.forward:
+        return QUANTIZED_CLASSES[base]
     found = (finder(module) for finder in QUANTIZED_CLASS_FINDERS)
-    return next((quantized for quantized in found if quantized is not None), None)
+    by_finder = next((quantized for quantized in found if quantized is not None), None)
+    return by_finder or (None if base is None else QUANTIZED_CLASSES[base])
