@@ -125,8 +125,10 @@ def _compiled(weight_dtype: torch.dtype, tokens: int, setting: str) -> Choice:
         if setting == "float":
             return Choice("float", "it was asked for")
         if tokens <= HALF_TOKENS:
-            return Choice("float", f"float16 weights, at most {HALF_TOKENS} tokens: memory is the limit")
-        return Choice("blocks", f"float16 weights, more than {HALF_TOKENS} tokens: arithmetic is the limit")
+            return Choice(
+                "float", f"float16 weights, at most {HALF_TOKENS} tokens: read once, never expanded"
+            )
+        return Choice("blocks", f"float16 weights, more than {HALF_TOKENS} tokens: a tuned float matmul pays")
     if setting in ("float", "int16"):
         return Choice(setting, "it was asked for")
     if tokens == 1:
@@ -138,4 +140,4 @@ def _compiled(weight_dtype: torch.dtype, tokens: int, setting: str) -> Choice:
     return Choice("blocks", "many tokens, and no fast int16 products here")
 
 
-HALF_TOKENS = 16
+HALF_TOKENS = 128

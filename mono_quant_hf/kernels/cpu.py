@@ -4,12 +4,12 @@
 `int16`: int8 codes by the tokens' values as int16 codes of their own, with a scale for each token.
 """
 
-import contextlib
 import ctypes
 import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
 
@@ -27,7 +27,7 @@ class _Runtime:
         self.compiled: ModuleType | None = None
         self.missing = ""
         self.launcher = 0
-        self.one_at_a_time: AbstractContextManager[object] = contextlib.nullcontext()
+        self.one_at_a_time: AbstractContextManager[object] | None = None
         self.forked = False
         self.lock = threading.Lock()
 
@@ -40,6 +40,8 @@ def _in_child() -> None:
     # would never end. A lock held by another thread at the fork would stay held.
     _runtime.forked = True
     _runtime.lock = threading.Lock()
+    if _runtime.one_at_a_time is not None:
+        _runtime.one_at_a_time = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -71,7 +73,7 @@ def _load() -> None:
     except (ImportError, OSError) as error:
         _give_up(f"Numba cannot be imported ({error})")
         return
-    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    if numba.config.DISABLE_JIT:
         _give_up("Numba's compiler is switched off (NUMBA_DISABLE_JIT)")
         return
     start = time.perf_counter()
@@ -139,6 +141,14 @@ def _threads() -> int:
     return 1 if _runtime.forked else torch.get_num_threads()
 
 
+def _enter(entry: Callable[..., None], *args: int) -> None:
+    if _runtime.one_at_a_time is None:
+        entry(*args)
+    else:
+        with _runtime.one_at_a_time:
+            entry(*args)
+
+
 def linear(
     way: str, x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
@@ -179,12 +189,11 @@ def linear(
         1 if x.dtype is torch.bfloat16 else 0,
         out.data_ptr(),
     )
-    with _runtime.one_at_a_time:
-        if way == "int16":
-            compiled.linear_int16(_runtime.launcher, compiled.PREPARE, compiled.INT16, *args)
-        else:
-            worker = compiled.HALVES if scale is None else compiled.FLOAT
-            compiled.linear_float(_runtime.launcher, worker, *args)
+    if way == "int16":
+        _enter(compiled.linear_int16, _runtime.launcher, compiled.PREPARE, compiled.INT16, *args)
+    else:
+        worker = compiled.HALVES if scale is None else compiled.FLOAT
+        _enter(compiled.linear_float, _runtime.launcher, worker, *args)
     return out.to(given) if given is torch.float16 else out
 
 
@@ -193,16 +202,16 @@ def expand(weight: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor
     compiled = _runtime.compiled
     assert compiled is not None, "only called where load() gave the kernels"
     n = weight.shape[0]
-    with _runtime.one_at_a_time:
-        compiled.expand(
-            _runtime.launcher,
-            compiled.EXPAND,
-            _threads(),
-            n,
-            weight.numel() // n,
-            weight.data_ptr(),
-            scale.data_ptr(),
-            0 if zero_point is None else zero_point.data_ptr(),
-            out.data_ptr(),
-        )
+    _enter(
+        compiled.expand,
+        _runtime.launcher,
+        compiled.EXPAND,
+        _threads(),
+        n,
+        weight.numel() // n,
+        weight.data_ptr(),
+        scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        out.data_ptr(),
+    )
     return out

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import blocks, cpu, portable
 from .choice import decide, get_kernel
+from .plain import is_plain
 
 _library = torch.library.Library("mono_quant", "DEF")
 _library.define(
@@ -188,6 +189,10 @@ def _autograd_int8(
 ) -> Tensor:
     if _wants_grad(x, bias):
         return _Linear.apply(x, weight, scale, zero_point, bias)
+    if x.is_cpu and is_plain(
+        x, weight
+    ):  # as in compiled code under no_grad: spare the way through the dispatcher
+        return compute(x, weight, scale, zero_point, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return call(x, weight, scale, zero_point, bias)
 
@@ -195,6 +200,8 @@ def _autograd_int8(
 def _autograd_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _wants_grad(x, bias):
         return _Linear.apply(x, weight, None, None, bias)
+    if x.is_cpu and is_plain(x, weight):
+        return compute(x, weight, None, None, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return call(x, weight, None, None, bias)
 
