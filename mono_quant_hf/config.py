@@ -45,7 +45,7 @@ class MonoQuantConfig(QuantizationConfigMixin):
         ValueError: MonoQuantConfig: weights='int7' is not supported; choose one of 'int8', 'float16'.
     """
 
-    quant_method = QUANT_METHOD
+    quant_method = QUANT_METHOD  # type: ignore[assignment]  # a string, as third parties have
 
     weights: str
     symmetric: bool
@@ -109,7 +109,9 @@ def _describe_unknown(name: str, format_version: Any) -> str:
 def _one_of(*allowed: str) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str):
-            raise TypeError(f"MonoQuantConfig: {name} must be a string, not {type(value).__name__} ({value!r}).")
+            raise TypeError(
+                f"MonoQuantConfig: {name} must be a string, not {type(value).__name__} ({value!r})."
+            )
         if value not in allowed:
             choices = ", ".join(map(repr, allowed))
             raise ValueError(f"MonoQuantConfig: {name}={value!r} is not supported; choose one of {choices}.")
@@ -131,7 +133,9 @@ def _module_names(name: str, value: Any) -> list[str] | None:
         raise TypeError(f"MonoQuantConfig: {name} must be a list of module names or None, not {value!r}.")
     for item in value:
         if not isinstance(item, str) or not item:
-            raise TypeError(f"MonoQuantConfig: {name} holds {item!r}; every entry must be a non-empty module name.")
+            raise TypeError(
+                f"MonoQuantConfig: {name} holds {item!r}; every entry must be a non-empty module name."
+            )
         _compiles(name, item, item)
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
@@ -140,18 +144,26 @@ def _overrides(name: str, value: Any) -> dict[str, dict[str, Any]] | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise TypeError(f"MonoQuantConfig: {name} must be a dict of pattern to settings or None, not {value!r}.")
+        raise TypeError(
+            f"MonoQuantConfig: {name} must be a dict of pattern to settings or None, not {value!r}."
+        )
     for pattern, override in value.items():
         if not isinstance(pattern, str) or not pattern:
-            raise TypeError(f"MonoQuantConfig: {name} has the key {pattern!r}; a key is a module name pattern.")
+            raise TypeError(
+                f"MonoQuantConfig: {name} has the key {pattern!r}; a key is a module name pattern."
+            )
         if pattern.startswith("re:"):
             _compiles(name, pattern, pattern.removeprefix("re:"))
         if not isinstance(override, dict):
-            raise TypeError(f"MonoQuantConfig: {name}[{pattern!r}] must be a dict of settings, not {override!r}.")
+            raise TypeError(
+                f"MonoQuantConfig: {name}[{pattern!r}] must be a dict of settings, not {override!r}."
+            )
         for setting, chosen in override.items():
             if setting not in OVERRIDE_FIELDS:
                 allowed = ", ".join(OVERRIDE_FIELDS)
-                raise ValueError(f"MonoQuantConfig: {name}[{pattern!r}] sets {setting!r}; it may set {allowed}.")
+                raise ValueError(
+                    f"MonoQuantConfig: {name}[{pattern!r}] sets {setting!r}; it may set {allowed}."
+                )
             OVERRIDE_FIELDS[setting](f"{name}[{pattern!r}][{setting!r}]", chosen)
     return copy.deepcopy(value)
 
@@ -160,7 +172,9 @@ def _compiles(name: str, entry: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as problem:
-        raise ValueError(f"MonoQuantConfig: {name} holds {entry!r}, no valid regular expression: {problem}.") from None
+        raise ValueError(
+            f"MonoQuantConfig: {name} holds {entry!r}, no valid regular expression: {problem}."
+        ) from None
 
 
 def _version(name: str, value: Any) -> int:
