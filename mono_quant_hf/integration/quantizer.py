@@ -21,7 +21,9 @@ from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
 from .conversions import PassThrough, QuantizeWeights
 from .placement import keep_tied_together
 from .replacement import replace_modules
-from .selection import AliasesOf, Decision, decide, log_summary
+from .resizing import make_resizable, undo_resizable
+from .selection import Decision, aliases_of, decide, log_summary
+from .tying import declare_tied_companions, share_storage, tied_modules, withdraw_tied_companions
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -65,9 +67,12 @@ class MonoQuantHfQuantizer(HfQuantizer):
             keep_tied_together(model, device_map)
         decisions = decide(model, self.quantization_config, dtype)
         stored = read_headers(checkpoint_files) if self.pre_quantized and checkpoint_files else {}
-        aliases = AliasesOf(model)
+        aliases = aliases_of(model)
         self.decisions = decide_by_checkpoint(decisions, stored, aliases)
+        groups = tied_modules(model)
         replace_modules(model, {d.module: _EmptyTwin(d) for d in self.decisions if d.quantized})
+        share_storage(model, groups)
+        declare_tied_companions(model)
         check_stored_tensors(model, stored, aliases)
         self._keep_in_fp32_strict = model._keep_in_fp32_modules_strict
         if not self.pre_quantized:
@@ -111,6 +116,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
             raise ValueError(" ".join(self.problems))
         self.restore_conversions(model)
         self._check_loaded(model)
+        make_resizable(model)
         log_summary(type(model).__name__, self.decisions)
         return model
 
@@ -128,6 +134,8 @@ class MonoQuantHfQuantizer(HfQuantizer):
     def _check_loaded(self, model: PreTrainedModel) -> None:
         """Every quantized module got all of its tensors; a module that got none becomes a float one, initialized."""
         not_loaded = {}
+        # One of those that share a weight is loaded, and transformers ties the others to it.
+        loaded = {id(p) for name in self.quantized_modules for p in model.get_submodule(name).parameters()}
         for name, module in model.named_modules():
             if not isinstance(module, QuantizedModule):
                 continue
@@ -135,7 +143,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
             if any(tensor.device.type == "meta" for tensor in tensors.values()):
                 continue  # offloaded; the headers were checked before loading
             if not self.pre_quantized:
-                missing = [] if name in self.quantized_modules else list(tensors)
+                missing = [key for key, tensor in tensors.items() if id(tensor) not in loaded]
             else:
                 missing = [key for key, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
             if missing and len(missing) < len(tensors):
@@ -162,6 +170,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
             replace_modules(model, {name: lambda _, fresh=fresh: fresh})  # type: ignore[misc]
             with torch.no_grad():
                 _owner(model, name)._init_weights(fresh)
+        if any(set(group).intersection(modules) for group in tied_modules(model)):
+            withdraw_tied_companions(model)
+            declare_tied_companions(model)
         self.decisions = [
             d.left_in_float("not in the checkpoint, newly initialized") if d.module in modules else d
             for d in self.decisions
@@ -190,6 +201,8 @@ class MonoQuantHfQuantizer(HfQuantizer):
 
         quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
         replace_modules(model, dict.fromkeys(quantized, to_float))
+        withdraw_tied_companions(model)
+        undo_resizable(model)
         return model
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import logging
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +17,8 @@ from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.modules import quantized_class_for
 from mono_quant_hf.modules.base import STORAGE_DTYPES
 
+from .patterns import Aliases, PatternTracker, matches_as_in_transformers, matches_glob_or_regex
+from .tying import input_embeddings_and_heads, tied_modules
 from .weight_readers import modules_whose_weight_is_read
 
 logger = logging.getLogger("mono_quant_hf")
@@ -68,10 +67,16 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
         dtype: the dtype the model computes in; None for that of its weights.
     """
     candidates = {name: module for name, module in model.named_modules() if _holds_weight(module)}
-    aliases = AliasesOf(model)
-    skips = _PatternTracker(config.modules_to_not_convert or [], _matches_as_in_transformers, aliases)
-    overrides = _PatternTracker(list(config.module_overrides or {}), _matches_glob_or_regex, aliases)
-    defaults = _default_skips(model, candidates, config.weights)
+    aliases = aliases_of(model)
+    skips = PatternTracker(
+        "modules_to_not_convert", config.modules_to_not_convert or [], matches_as_in_transformers, aliases
+    )
+    overrides = PatternTracker(
+        "module_overrides", list(config.module_overrides or {}), matches_glob_or_regex, aliases
+    )
+    embeddings_and_heads = input_embeddings_and_heads(model)
+    chosen = embeddings_and_heads if config.quantize_embeddings else set()
+    defaults = _default_skips(model, candidates, config.weights, chosen)
 
     decisions = []
     for name, module in candidates.items():
@@ -104,12 +109,23 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
                 )
         elif skip is not None:
             decision = decision.left_in_float(f"modules_to_not_convert: {skip!r}")
+        elif isinstance(module, nn.Embedding) and name not in chosen:
+            if name in embeddings_and_heads:
+                decision = decision.left_in_float("quantize_embeddings is off")
+            elif override is None or not config.quantize_embeddings:
+                decision = decision.left_in_float("no input embedding")
         decisions.append(decision)
 
     names = [name for name, _ in model.named_modules()]
-    skips.warn_of_unmatched("modules_to_not_convert", names)
-    overrides.warn_of_unmatched("module_overrides", names)
-    return _keep_dtype_of_model(model, decisions, dtype)
+    skips.warn_of_unmatched(names)
+    overrides.warn_of_unmatched(names)
+    return _decide_together(tied_modules(model), _keep_dtype_of_model(model, decisions, dtype))
+
+
+def aliases_of(model: nn.Module) -> Aliases:
+    """The names by which the modules of a model may be called."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return Aliases(prefix if isinstance(prefix, str) else "")
 
 
 def quantized_share(decisions: Iterable[Decision]) -> float:
@@ -138,8 +154,10 @@ def _holds_weight(module: nn.Module) -> bool:
     return any(p is not None and p.dim() > 1 for p in module._parameters.values())
 
 
-def _default_skips(model: nn.Module, candidates: dict[str, nn.Module], weights: str) -> dict[str, str]:
-    """`{module name: reason}` for what is left in float whatever the user says."""
+def _default_skips(
+    model: nn.Module, candidates: dict[str, nn.Module], weights: str, chosen: set[str]
+) -> dict[str, str]:
+    """`{module name: reason}` for what is left in float whatever the user says, unless it is `chosen`."""
     reasons = modules_whose_weight_is_read(model, weights)
     if isinstance(model, PreTrainedModel):
         kept = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
@@ -147,18 +165,36 @@ def _default_skips(model: nn.Module, candidates: dict[str, nn.Module], weights: 
         for name in candidates:
             if kept and not should_convert_module(name, kept):
                 reasons[name] = "the model keeps it in float32"
-            if any(name == key or name.startswith(f"{key}.") for key in heads):
+            if name not in chosen and any(name == key or name.startswith(f"{key}.") for key in heads):
                 reasons[name] = "output head or tied weight"
     users: dict[int, list[str]] = {}
     for name, module in candidates.items():
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(name)
     for names in users.values():
-        for name in names if len(names) > 1 else ():
+        for name in names if len(names) > 1 and not chosen.issuperset(names) else ():
             reasons.setdefault(
                 name, f"it shares its weight with {next(other for other in names if other != name)}"
             )
     return reasons
+
+
+def _decide_together(groups: list[list[str]], decisions: list[Decision]) -> list[Decision]:
+    """Modules that share a weight are quantized all in one way, that of the first, or not at all."""
+    by_name = {decision.module: decision for decision in decisions}
+    for group in groups:
+        members = [by_name[name] for name in group if name in by_name]
+        in_float = next((member for member in members if not member.quantized), None)
+        for member in members if any(other.quantized for other in members) else ():
+            if in_float is None:
+                first = members[0]
+                by_name[member.module] = replace(
+                    member, weights=first.weights, symmetric=first.symmetric, reason=first.reason
+                )
+            elif member.quantized:
+                reason = f"it shares its weight with {in_float.module}, which stays in float: {in_float.reason}"
+                by_name[member.module] = member.left_in_float(reason)
+    return [by_name[decision.module] for decision in decisions]
 
 
 def _keep_dtype_of_model(
@@ -180,6 +216,8 @@ def _keep_dtype_of_model(
             decision = by_name.get(owner)
             if decision is None or not decision.quantized:
                 break
+            if isinstance(part.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+                break  # its first parameter is there to say the dtype
             stored_as = STORAGE_DTYPES[decision.weights]
             computes_in = parameter.dtype if dtype is None else dtype
             first_floating = stored_as if stored_as.is_floating_point else torch.float32
@@ -188,63 +226,3 @@ def _keep_dtype_of_model(
                 by_name[owner] = decision.left_in_float(f"{type(part).__name__}.dtype is read from it")
             break
     return [by_name[decision.module] for decision in decisions]
-
-
-class AliasesOf:
-    """The names a module goes by: its own, and that with the base model's prefix added or taken away.
-
-    A checkpoint of `LlamaForCausalLM` speaks of `model.layers.0`, of `LlamaModel` the same module is `layers.0`.
-    """
-
-    def __init__(self, model: nn.Module):
-        prefix = getattr(model, "base_model_prefix", "")
-        self.prefix = f"{prefix}." if isinstance(prefix, str) and prefix else ""
-
-    def __call__(self, name: str) -> list[str]:
-        if not self.prefix:
-            return [name]
-        other = name.removeprefix(self.prefix) if name.startswith(self.prefix) else self.prefix + name
-        return [name, other]
-
-
-class _PatternTracker:
-    """Matches patterns against module names and remembers which patterns never matched."""
-
-    def __init__(
-        self, patterns: list[str], matches: Callable[[str, str], bool], aliases: Callable[[str], list[str]]
-    ):
-        self.patterns, self.matches, self.aliases = patterns, matches, aliases
-        self.matched: set[str] = set()
-
-    def first_match(self, name: str) -> str | None:
-        hits = [pattern for pattern in self.patterns if self._hits(pattern, name)]
-        self.matched.update(hits)
-        return hits[0] if hits else None
-
-    def _hits(self, pattern: str, name: str) -> bool:
-        return any(self.matches(pattern, alias) for alias in self.aliases(name))
-
-    def warn_of_unmatched(self, field: str, names: list[str]) -> None:
-        for pattern in self.patterns:
-            # A pattern may well name a module that holds no weight to quantize, such as a norm.
-            if pattern not in self.matched and not any(self._hits(pattern, name) for name in names):
-                near = _nearest(pattern, names)
-                hint = f" Nearest names: {', '.join(near)}." if near else ""
-                logger.warning("%s: %r matches no module.%s", field, pattern, hint)
-
-
-def _matches_as_in_transformers(pattern: str, name: str) -> bool:
-    return not should_convert_module(name, [pattern])
-
-
-def _matches_glob_or_regex(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
-
-
-def _nearest(pattern: str, names: list[str], count: int = 3) -> list[str]:
-    """Names that contain the pattern's text, else those that read most like it."""
-    text = pattern.removeprefix("re:").strip("^$*.")
-    containing = [name for name in names if text and text in name]
-    return containing[:count] or difflib.get_close_matches(pattern, names, n=count, cutoff=0.3)

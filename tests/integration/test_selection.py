@@ -1,5 +1,7 @@
 import json
+import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -85,3 +87,13 @@ def test_the_dtype_of_a_model_is_not_read_from_a_scale():
         assert decisions[stem].quantized == quantized
     decisions = {d.module: d for d in decide(model.to(torch.float32), MonoQuantConfig(weights="float16"))}
     assert decisions[stem].reason == "ResNetForImageClassification.dtype is read from it"
+
+
+@pytest.mark.parametrize("field", ["modules_to_not_convert", "module_overrides"])
+def test_a_catastrophic_pattern_is_an_error_and_no_endless_load(field):
+    evil = r"(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)\10\9\8\7\6\5\4\3\2"
+    value = [evil] if field == "modules_to_not_convert" else {f"re:{evil}": {"weights": "float"}}
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=f"{field}.*takes over 1 s to match.*simplify it"):
+        decide(tiny_models.llama(), MonoQuantConfig(**{field: value}))
+    assert time.monotonic() - started < 20
