@@ -1,4 +1,4 @@
-"""Many tokens: expand a block of rows to float32 in cache, multiply by torch's float matmul, go on.
+"""Expand a block of rows to float32, multiply by torch's float matmul, go on with the next block.
 
 Never more than a block is expanded at a time, forward and backward. Needs nothing but torch.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 from . import portable
 from .expansion import expand_into
 
-BLOCK_BYTES = 8 << 20  # of expanded weight: less starts more loops of many threads, more leaves the cache
+BLOCK_BYTES = 32 << 20  # of expanded weight; less starts more parallel loops, and a narrow matmul is slower
 
 
 def linear(

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from mono_quant_hf.core import sqnr
-from mono_quant_hf.kernels import choose, expand, linear, use_kernel
+from mono_quant_hf.kernels import blocks, choose, expand, linear, use_kernel
 
 WAYS = ("auto", "int16", "float", "blocks", "portable")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -241,3 +241,17 @@ def test_expand_is_the_same_everywhere():
     assert torch.equal(expand(weight, other_axis), weight.float() * other_axis)
     half = torch.randn(3, 4).half()
     assert torch.equal(expand(half), half.float())
+
+
+@pytest.mark.parametrize("half", (False, True))
+def test_blocks_expand_some_rows_at_a_time(half, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64 * 200 * 4)
+    weight, scale, zero_point = (torch.randn(150, 200).half(), None, None) if half else codes(150, 200)
+    bias = torch.randn(150)
+    x = torch.randn(2, 3, 200, requires_grad=True)
+    with use_kernel("blocks"):
+        y = linear(x, weight, scale, zero_point, bias)
+    close(y.detach(), x.detach(), weight, scale, zero_point, bias)
+    (to_x,) = torch.autograd.grad(y.sum(), x)
+    sum_of_rows = expand(weight, scale, zero_point, torch.float64).sum(0)
+    torch.testing.assert_close(to_x.double(), sum_of_rows.expand(2, 3, 200), rtol=1e-4, atol=1e-3)

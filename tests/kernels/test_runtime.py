@@ -83,7 +83,7 @@ def test_the_choice_by_shape():
     assert choose(torch.ones(4, 64), weight[:, ::2]).name == "blocks"
     if cpu.converts_halves():
         assert choose(torch.ones(1, 64), weight.half()).name == "float"
-    assert choose(torch.ones(1000, 64), weight.half()).name == "blocks"
+        assert choose(torch.ones(1000, 64), weight.half()).name == "float"
 
 
 def test_the_setting():
