@@ -5,13 +5,26 @@ a float checkpoint and load a quantized one.
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from .config import MonoQuantConfig
 from .integration import MonoQuantHfQuantizer, quantize_model
+
+if TYPE_CHECKING:
+    from .hub import push_to_hub
 
 try:
     __version__ = version("mono-quant-hf")
 except PackageNotFoundError:  # used from a source folder that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["MonoQuantConfig", "MonoQuantHfQuantizer", "__version__", "quantize_model"]
+__all__ = ["MonoQuantConfig", "MonoQuantHfQuantizer", "__version__", "push_to_hub", "quantize_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Who only loads a model need not wait for what is imported to push one.
+    if name == "push_to_hub":
+        from .hub import push_to_hub
+
+        return push_to_hub
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

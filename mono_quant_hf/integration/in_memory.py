@@ -16,6 +16,7 @@ from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from .quantizer import MonoQuantHfQuantizer
 from .replacement import replace_modules
 from .selection import Decision, decide, log_summary
+from .tags import add_tags
 
 
 def quantize_model(
@@ -125,6 +126,7 @@ def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions
     ):
         setattr(model, name, value)
     model.config.quantization_config = config
+    add_tags(model, config)
     if getattr(model, "_weight_conversions", None) is None:
         # As save_pretrained itself would look them up, but for the scales too.
         conversions = get_model_conversion_mapping(model, add_legacy=False)

@@ -23,6 +23,7 @@ from .placement import keep_tied_together
 from .replacement import replace_modules
 from .resizing import make_resizable, undo_resizable
 from .selection import Decision, aliases_of, decide, log_summary
+from .tags import add_tags, remove_tags
 from .tying import declare_tied_companions, share_storage, tied_modules, withdraw_tied_companions
 
 logger = logging.getLogger("mono_quant_hf")
@@ -117,6 +118,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self.restore_conversions(model)
         self._check_loaded(model)
         make_resizable(model)
+        add_tags(model, self.quantization_config)
         log_summary(type(model).__name__, self.decisions)
         return model
 
@@ -203,6 +205,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         replace_modules(model, dict.fromkeys(quantized, to_float))
         withdraw_tied_companions(model)
         undo_resizable(model)
+        remove_tags(model, self.quantization_config)
         return model
 
 
