@@ -84,12 +84,25 @@ def choose(x: Tensor, weight: Tensor) -> Choice:
         Choice(name='portable', reason='the device is meta')
     """
     tokens = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
-    return decide(x.device.type, x.dtype, weight.dtype, tokens, weight.is_contiguous(), _setting)
+    return decide(
+        x.device.type, x.dtype, weight.dtype, tokens, weight.is_contiguous(), is_small(weight), _setting
+    )
+
+
+def is_small(weight: Tensor) -> bool:
+    """Whether calling a kernel takes longer than its arithmetic, in whichever way."""
+    return weight.numel() <= 4096
 
 
 @lru_cache(maxsize=4096)
 def decide(
-    device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int, contiguous: bool, setting: str
+    device: str,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    tokens: int,
+    contiguous: bool,
+    small: bool,
+    setting: str,
 ) -> Choice:
     """`choose` by what it depends on."""
     if device != "cpu":
@@ -106,14 +119,14 @@ def decide(
         return Choice("blocks", "the weight has gaps in memory")
     if cpu.load() is None:
         return Choice("blocks", cpu.why_missing())
-    return _compiled(weight_dtype, tokens, setting)
+    return _compiled(weight_dtype, tokens, small, setting)
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=decide.cache_clear)
 
 
-def _compiled(weight_dtype: torch.dtype, tokens: int, setting: str) -> Choice:
+def _compiled(weight_dtype: torch.dtype, tokens: int, small: bool, setting: str) -> Choice:
     if cpu.forked() and (weight_dtype == torch.int8 or cpu.converts_halves()) and setting == "auto":
         # torch's own matmul waits for threads that stayed with the parent, where the parent had used them.
         if tokens > 1 and weight_dtype == torch.int8:
@@ -130,6 +143,8 @@ def _compiled(weight_dtype: torch.dtype, tokens: int, setting: str) -> Choice:
         return Choice(setting, "it was asked for")
     if tokens == 1:
         return Choice("float", "one token: memory is the limit, and float32 needs no codes of x")
+    if small and tokens <= 64:
+        return Choice("float", "a small weight: nothing to gain from codes of x")
     if cpu.has_integer_units():
         return Choice("int16", "several tokens: int16 products outrun float32 ones here")
     if tokens <= 8:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, cpu, portable
-from .choice import decide, get_kernel
+from .choice import decide, get_kernel, is_small
 from .plain import is_plain
 
 _library = torch.library.Library("mono_quant", "DEF")
@@ -33,7 +33,9 @@ def compute(
     k = x.shape[-1] if x.dim() else 0
     tokens = x.numel() // k if k else 0
     device = "cpu" if x.is_cpu else x.device.type
-    name = decide(device, x.dtype, weight.dtype, tokens, weight.is_contiguous(), get_kernel()).name
+    name = decide(
+        device, x.dtype, weight.dtype, tokens, weight.is_contiguous(), is_small(weight), get_kernel()
+    ).name
     if name == "portable":
         return portable.forward(x, weight, scale, zero_point, bias)
     _check(x, weight, scale, zero_point, bias)
