@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mono_quant_hf import __version__
 
-from . import demo
+from . import demo, evaluate, inspect
 from .errors import CommandError
 
 PROGRAM = "mono-quant-hf"
@@ -22,6 +22,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_command(commands)
+    evaluate.add_command(commands)
+    inspect.add_command(commands)
     return top
 
 

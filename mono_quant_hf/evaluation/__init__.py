@@ -6,6 +6,7 @@
 | how far are its predictions from the float model's | `divergence` | `DivergenceResult` |
 | the same, one model in memory at a time | `record_reference`, then `divergence` | `Reference` |
 | does a classifier still answer the same | `compare_classifiers` | `ClassifierComparison` |
+| what did it do to each module, and which cost most | `quantization_report` | `QuantizationReport` |
 | does an encoder still place its inputs in the same spot | `compare_encoders` | `EncoderComparison` |
 
 Every result is a frozen dataclass with a `to_dict()` that `json` can write.  Logarithms are natural.
@@ -22,13 +23,16 @@ from mono_quant_hf.evaluation.outputs import (
     text_embeddings,
 )
 from mono_quant_hf.evaluation.reference import Reference, load_reference, record_reference
+from mono_quant_hf.evaluation.report import ModuleReport, QuantizationReport, quantization_report
 from mono_quant_hf.evaluation.windows import Window, sliding_windows
 
 __all__ = [
     "ClassifierComparison",
     "DivergenceResult",
     "EncoderComparison",
+    "ModuleReport",
     "PerplexityResult",
+    "QuantizationReport",
     "Reference",
     "Window",
     "classifier_logits",
@@ -38,6 +42,7 @@ __all__ = [
     "kl_divergence",
     "load_reference",
     "perplexity",
+    "quantization_report",
     "record_reference",
     "sliding_windows",
     "text_embeddings",

@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from mono_quant_hf.evaluation.texts import special_frame, token_sequences
 from mono_quant_hf.evaluation.windows import check_window, chunks, sliding_windows
+from mono_quant_hf.texts import special_frame, token_sequences
 
 Task = Literal["causal", "masked"]
 

@@ -1,0 +1,130 @@
+"""`mono-quant-hf inspect`: what quantizing did to each module."""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from mono_quant_hf import MonoQuantConfig, quantize_model
+from mono_quant_hf.config import WEIGHT_TYPES
+from mono_quant_hf.evaluation import QuantizationReport, quantization_report
+from mono_quant_hf.evaluation.passages import max_positions
+from mono_quant_hf.texts import token_sequences
+
+from .errors import CommandError
+from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .texts import add_text_arguments, load_text
+
+DESCRIPTION = """\
+Show what quantizing did to each module of a model: SQNR of the weight in dB, its worst channel, the share
+of codes at the ends, bytes before and after, and why a module was left in float. The worst come first.
+With --contributions, also the SQNR of each module's output on a text, and how much each module alone adds
+to the KL divergence of the model's predictions from the float model's.
+"""
+EPILOG = """\
+examples:
+  mono-quant-hf inspect ./model-int8
+  mono-quant-hf inspect ./model-int8 --float ./model --html report.html --png report.png
+  mono-quant-hf inspect ./model --contributions --max-tokens 256 --json report.json
+"""
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `inspect` to the subcommands."""
+    command = commands.add_parser(
+        "inspect",
+        help="show what quantizing did to each module, the worst first",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("model", help="a quantized model; or a float one, which is then quantized in memory")
+    command.add_argument(
+        "--float",
+        metavar="MODEL",
+        dest="float_model",
+        help="the float model that a quantized one was made from",
+    )
+    command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="for a float model (int8)")
+    command.add_argument(
+        "--symmetric", action="store_true", help="for a float model: int8 without zero-points"
+    )
+    command.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="of the float model (auto)"
+    )
+    command.add_argument("--contributions", action="store_true", help="also run the model, see above")
+    command.add_argument(
+        "--top", type=int, default=25, metavar="N", help="modules in the table; 0 for all (25)"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures to FILE")
+    command.add_argument(
+        "--png", type=Path, metavar="FILE", help="write the pictures to FILE (needs matplotlib)"
+    )
+    add_text_arguments(command, "text for --contributions", 512)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table and write the files."""
+    check_output_files(arguments.json, arguments.html, arguments.png)
+    report = make_report(arguments)
+    print(report.summary() + "\n")
+    print(report.table(arguments.top or None))
+    hidden = len(report.modules) - arguments.top if arguments.top else 0
+    if hidden > 0:
+        print(f"... and {hidden} more (--top 0 shows all)")
+    if arguments.json:
+        report.to_json(arguments.json)
+    if arguments.html:
+        report.to_html(arguments.html)
+    if arguments.png:
+        try:
+            report.to_png(arguments.png)
+        except ImportError as problem:
+            raise CommandError(str(problem)) from problem
+    return 0
+
+
+def make_report(arguments: argparse.Namespace) -> QuantizationReport:
+    """The report for the arguments of this command; also what `search` starts from."""
+    progress = sys.stderr.isatty()
+    if is_quantized(config_of(arguments.model)):
+        model = load_model(arguments.model)
+        reference: Any = arguments.float_model
+        if arguments.contributions and reference is None:
+            raise CommandError("--contributions compares with the float model: name it with --float.")
+        if reference is not None and (arguments.contributions or not Path(reference).is_dir()):
+            reference = load_model(reference, dtype=arguments.dtype)
+    else:
+        if arguments.float_model:
+            raise CommandError(f"--float is for a quantized model, and {arguments.model} is a float one.")
+        if arguments.symmetric and arguments.weights != "int8":
+            raise CommandError(f"--symmetric is for int8; leave it out with --weights {arguments.weights}.")
+        reference = load_model(arguments.model, dtype=arguments.dtype)
+        config = MonoQuantConfig(weights=arguments.weights, symmetric=arguments.symmetric)
+        model = quantize_model(copy.deepcopy(reference), config)
+    inputs = text_batches(arguments, reference) if arguments.contributions else None
+    return quantization_report(model, reference, inputs, progress=progress)
+
+
+def text_batches(arguments: argparse.Namespace, model: Any) -> list[dict[str, torch.Tensor]]:
+    """The text of the arguments as single rows of at most 512 tokens.
+
+    Raises:
+        CommandError: the model does not read text.
+    """
+    if model.main_input_name != "input_ids":
+        raise CommandError(
+            f"{type(model).__name__} does not read text; use quantization_report() from Python with its inputs."
+        )
+    source = arguments.float_model if getattr(arguments, "float_model", None) else arguments.model
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    _, text = load_text(arguments)
+    (tokens,) = token_sequences(tokenizer, text, column=arguments.column, max_tokens=arguments.max_tokens)
+    length = min(512, max_positions(model) or 512)
+    return [{"input_ids": part.unsqueeze(0)} for part in tokens.split(length)]
