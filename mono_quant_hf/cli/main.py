@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mono_quant_hf import __version__
 
-from . import demo, evaluate, inspect
+from . import demo, evaluate, inspect, push
 from .errors import CommandError
 
 PROGRAM = "mono-quant-hf"
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_command(commands)
     evaluate.add_command(commands)
     inspect.add_command(commands)
+    push.add_command(commands)
     return top
 
 

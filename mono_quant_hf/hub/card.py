@@ -1,0 +1,256 @@
+"""The model card: made from the files of the checkpoint and what was measured, or an older card extended."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+from mono_quant_hf.config import FIELDS, MonoQuantConfig
+from mono_quant_hf.integration.selection import Decision, quantized_share
+
+from .errors import HubError
+from .facts import CheckpointFacts, read_facts
+from .measurements import Evaluation
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+START = "<!-- mono_quant_hf: what follows is written anew by every push, up to the end mark -->"
+END = "<!-- mono_quant_hf: end -->"
+PLOTS_FOLDER = "plots"
+CARRIED_OVER = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+"""Metadata of the original's card that hold for the quantized model too."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def model_card(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    evaluation: Any = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    original: ModelCard | None = None,
+    existing: ModelCard | None = None,
+    plots: Sequence[str | os.PathLike[str]] = (),
+) -> ModelCard:
+    """The card of a quantized checkpoint.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        repo_id: where it will be, such as `"me/model-int8"`; the code in the card loads it from there.
+        evaluation: results of `mono_quant_hf.evaluation`, one or more, an `Evaluation`, or a JSON file of such.
+        base_model: Hub id of the float model.
+        license: as the Hub names it, such as `"apache-2.0"`.
+        original: card of the float model, whose license, language and so on are carried over.
+        existing: a card to keep and extend: its text stays, our section in it is written anew or added at the end,
+            and its metadata are completed, not changed.
+        plots: images to show; they are expected in the repo under `plots/`.
+
+    Returns:
+        a card that is not saved yet.
+
+    Raises:
+        HubError: the folder holds no model quantized by mono_quant_hf, or the evaluation no known number.
+    """
+    facts = read_facts(folder)
+    evaluations = Evaluation.of(evaluation)
+    carried = _data(original)
+    data: dict[str, Any] = {key: carried[key] for key in CARRIED_OVER if key in carried}
+    if license is not None:
+        data = {key: value for key, value in data.items() if not key.startswith("license")} | {
+            "license": license
+        }
+    base = base_model or _data(existing).get("base_model")
+    if base:
+        data |= {"base_model": base, "base_model_relation": "quantized"}
+    data.setdefault("pipeline_tag", facts.task)
+    data |= {"library_name": "transformers", "tags": tags_of(facts.config)}
+    results = [result for one in evaluations for result in one.eval_results(data["pipeline_tag"])]
+    name = repo_id.rpartition("/")[2]
+    if results:
+        data |= {"eval_results": results, "model_name": name}
+    fresh = ModelCard.from_template(
+        ModelCardData(**data),
+        template_path=str(TEMPLATE),
+        title=name,
+        start=START,
+        end=END,
+        repo_id=repo_id,
+        plots=[
+            {"alt": Path(plot).stem.replace("_", " "), "path": f"{PLOTS_FOLDER}/{Path(plot).name}"}
+            for plot in plots
+        ],
+        evaluations=evaluations,
+        **_words(facts, folder, base),
+    )
+    return fresh if existing is None else _extended(existing, fresh)
+
+
+def tags_of(config: MonoQuantConfig) -> list[str]:
+    """The tags of a quantized model on the Hub.
+
+    Example:
+        >>> tags_of(MonoQuantConfig()), tags_of(MonoQuantConfig(weights="float16"))
+        (['mono-quant', 'int8', '8-bit'], ['mono-quant', 'fp16'])
+    """
+    return ["mono-quant", "int8", "8-bit"] if config.weights == "int8" else ["mono-quant", "fp16"]
+
+
+def load_card(where: str | os.PathLike[str], token: str | bool | None = None) -> ModelCard | None:
+    """The card in a folder or, where that is none, of a model on the Hub; None where there is none in reach."""
+    try:
+        if Path(where).is_dir():
+            file = Path(where) / "README.md"
+            return ModelCard.load(file, ignore_metadata_errors=True) if file.is_file() else None
+        name = str(where)
+        return ModelCard.load(name, token=token) if _HUB_ID.fullmatch(name) else None  # type: ignore[arg-type]
+    except (HfHubHTTPError, OSError, ValueError):
+        return None  # no card, no repo, no network, or none that can be read: there is nothing to carry over
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a model on the Hub and is no folder here."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def _data(card: ModelCard | None) -> dict[str, Any]:
+    return {} if card is None else {key: value for key, value in card.data.to_dict().items() if value}
+
+
+def _words(facts: CheckpointFacts, folder: str | os.PathLike[str], base: Any) -> dict[str, Any]:
+    """What the template says of a checkpoint."""
+    from mono_quant_hf import __version__
+
+    base = ", ".join(base) if isinstance(base, list) else base
+    origin = f"[{base}](/{base})" if base else facts.architecture
+    config = facts.config
+    scheme = "float16 weights"
+    if config.weights == "int8":
+        zero_points = "" if config.symmetric else " and zero-point"
+        scheme = f"int8 weights with a scale{zero_points} per output channel"
+    if getattr(config, "activations", None):
+        scheme += " and int8 activations"
+    processor = _processor(Path(folder))
+    return {
+        "introduction": f"{origin} with {scheme}, quantized by mono_quant_hf.",
+        "auto_class": facts.auto_class,
+        "processor": processor,
+        "loads": ", ".join(sorted(filter(None, (facts.auto_class, processor and processor[0])))),
+        "groups": _groups([d for d in facts.decisions if d.quantized]),
+        "kept": _kept([d for d in facts.decisions if not d.quantized]),
+        "share": f"{quantized_share(facts.decisions):.1%}",
+        "size": f"{facts.bytes_on_disk / 1e6:,.2f}",
+        "float_size": f"{facts.bytes_as_float / 1e6:,.2f}",
+        "version": __version__,
+        "transformers_version": transformers.__version__,
+        "torch_version": torch.__version__.partition("+")[0],
+        "settings": _settings(config),
+    }
+
+
+def _settings(config: MonoQuantConfig) -> str:
+    """The config as the code that makes it, without what is the default."""
+    default = MonoQuantConfig()
+    parts = ["weights=" + repr(config.weights)]
+    for name in FIELDS:
+        value = getattr(config, name)
+        if name not in ("weights", "format_version") and value != getattr(default, name):
+            parts.append(f"{name}={value!r}")
+    return f"MonoQuantConfig({', '.join(parts)})"
+
+
+def _processor(folder: Path) -> tuple[str, str] | None:
+    """Auto class and variable name of what prepares the inputs, if the folder holds it."""
+    for files, auto_class, variable in (
+        (("processor_config.json",), "AutoProcessor", "processor"),
+        (("tokenizer.json", "tokenizer_config.json"), "AutoTokenizer", "tokenizer"),
+        (("preprocessor_config.json", "image_processor_config.json"), "AutoProcessor", "processor"),
+    ):
+        if any((folder / file).is_file() for file in files):
+            return auto_class, variable
+    return None
+
+
+def _groups(decisions: list[Decision]) -> list[dict[str, str]]:
+    grouped: dict[tuple[str, str], list[Decision]] = {}
+    for decision in decisions:
+        stored = decision.weights
+        if decision.symmetric is not None:
+            stored += ", symmetric" if decision.symmetric else ", asymmetric"
+        grouped.setdefault((decision.kind, stored), []).append(decision)
+    return [
+        {"kind": f"`{kind}`", "stored": stored, **_counts(members)}
+        for (kind, stored), members in grouped.items()
+    ]
+
+
+def _kept(decisions: list[Decision]) -> list[dict[str, str]]:
+    grouped: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        grouped.setdefault(decision.reason or "the settings", []).append(decision)
+    rows = [
+        {"reason": reason.replace("|", "\\|"), "example": members[0].module, **_counts(members)}
+        for reason, members in grouped.items()
+    ]
+    return rows
+
+
+def _counts(decisions: list[Decision]) -> dict[str, str]:
+    return {"modules": f"{len(decisions):,}", "parameters": f"{sum(d.parameters for d in decisions):,}"}
+
+
+def _extended(existing: ModelCard, fresh: ModelCard) -> ModelCard:
+    """The existing card with our section and the metadata it lacks."""
+    begin, stop = fresh.content.find(START), fresh.content.find(END)
+    section = fresh.content[begin : stop + len(END)]
+    text: str = existing.text
+    first, last = text.find(START), text.find(END)
+    before, after = (
+        (text[:first], text[last + len(END) :]) if 0 <= first < last else (f"{text.rstrip()}\n\n", "\n")
+    )
+    text = before + section + after
+    data, ours = existing.data.to_dict(), fresh.data.to_dict()
+    index = _merged_index(existing.data, fresh.data)
+    data.pop("model-index", None)
+    ours.pop("model-index", None)
+    for key, value in ours.items():
+        if key == "tags":
+            data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *value]))
+        elif not data.get(key):
+            data[key] = value
+    merged = ModelCardData(**data, **index)
+    return ModelCard(f"---\n{merged}\n---\n{text}")
+
+
+def _merged_index(existing: Any, fresh: Any) -> dict[str, Any]:
+    """The results of both; where the same was measured again, the new one."""
+    ours: list[EvalResult] = list(fresh.eval_results or [])
+    theirs = [
+        result
+        for result in existing.eval_results or []
+        if not any(result.is_equal_except_value(other) for other in ours)
+    ]
+    if not ours and not theirs:
+        return {}
+    name = getattr(existing, "model_name", None) or getattr(fresh, "model_name", None)
+    return {"eval_results": theirs + ours, "model_name": name}
+
+
+def check_card(card: ModelCard) -> None:
+    """Raise a HubError if the metadata cannot be read back as they were meant."""
+    try:
+        again = ModelCard(str(card))
+    except (ValueError, TypeError) as problem:
+        raise HubError(f"The model card's metadata are not valid: {problem}") from problem
+    if again.data.to_dict() != card.data.to_dict():
+        raise HubError(
+            "The model card's metadata change when they are read back; simplify the existing card's."
+        )

@@ -1,0 +1,181 @@
+"""What a quantized checkpoint in a folder is: read from its files, without loading the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.integration.checkpoint import StoredTensor, decide_by_checkpoint, read_headers
+from mono_quant_hf.integration.selection import Decision, aliases_of, decide
+
+from .errors import HubError
+from .folders import weight_files
+
+ITEM_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "translation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForObjectDetection": "object-detection",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModel": "feature-extraction",
+}
+"""Auto classes, the more telling first, and the Hub's name of the task each is made for."""
+
+_MAPPINGS = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForObjectDetection": "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+    "AutoModelForSemanticSegmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    "AutoModelForZeroShotImageClassification": "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "AutoModelForCTC": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What is in a folder that `save_pretrained` wrote for a quantized model.
+
+    Attributes:
+        architecture: class of the model, such as `"LlamaForCausalLM"`.
+        auto_class: the Auto class that loads it.
+        task: the Hub's name of its task.
+        config: how it was quantized.
+        decisions: what became of every module that holds weights.
+        bytes_on_disk: of the tensors.
+        bytes_as_float: of the same model in float32, codes and float16 weights counted as float32 and without
+            scales and zero-points.
+        sharded: whether the weights are in more than one file.
+    """
+
+    architecture: str
+    auto_class: str
+    task: str
+    config: MonoQuantConfig
+    decisions: list[Decision]
+    bytes_on_disk: int
+    bytes_as_float: int
+    sharded: bool
+
+
+def read_facts(folder: str | os.PathLike[str]) -> CheckpointFacts:
+    """The facts of a folder that holds a model quantized by mono_quant_hf.
+
+    Raises:
+        HubError: it does not; the message says what is missing.
+    """
+    folder = Path(folder)
+    settings = quantization_of(folder)
+    method = (settings or {}).get("quant_method")
+    if settings is None or method != QUANT_METHOD:
+        found = "float" if settings is None else f"quantized by {method}"
+        raise HubError(
+            f"The model in {folder} is {found}, not quantized by mono_quant_hf; "
+            "quantize it first (mono-quant-hf quantize)."
+        )
+    files = weight_files(folder)
+    stored = read_headers([str(file) for file in files])
+    config = MonoQuantConfig.from_dict(settings)
+    skeleton = skeleton_of(folder)
+    decisions = decide_by_checkpoint(decide(skeleton, config), stored, aliases_of(skeleton))
+    companions = {
+        name for name in stored if name.endswith(("_scale", "_zero_point")) and _owner(name) in stored
+    }
+    return CheckpointFacts(
+        architecture=type(skeleton).__name__,
+        auto_class=auto_class_of(type(skeleton).__name__),
+        task=AUTO_CLASSES[auto_class_of(type(skeleton).__name__)],
+        config=config,
+        decisions=decisions,
+        bytes_on_disk=sum(_size(tensor) for tensor in stored.values()),
+        bytes_as_float=sum(4 * math.prod(t.shape) for name, t in stored.items() if name not in companions),
+        sharded=len(files) > 1,
+    )
+
+
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a model's folder, None for a float model.
+
+    Raises:
+        HubError: the folder has no config.json.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise HubError(f"{folder} has no config.json; name the folder of a saved transformers model.")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config.get("quantization_config") or config.get("compression_config")
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a config's checkpoint was saved from, the base model's where the config does not say."""
+    for name in config.architectures or []:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    base: type[PreTrainedModel] = AutoModel._model_mapping[type(config)]  # type: ignore[assignment]
+    return base
+
+
+def skeleton_of(folder: Path) -> PreTrainedModel:
+    """The float model of a folder on the meta device: all modules, no weights."""
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return model_class_of(config)(config)
+
+
+def auto_class_of(architecture: str) -> str:
+    """The Auto class that loads an architecture, `"AutoModel"` where none is more telling."""
+    for auto_class, mapping in _MAPPINGS.items():
+        for names in getattr(modeling_auto, mapping, {}).values():
+            if architecture == names or (isinstance(names, (tuple, list)) and architecture in names):
+                return auto_class
+    return "AutoModel"
+
+
+def _owner(name: str) -> str:
+    return name.removesuffix("_scale").removesuffix("_zero_point")
+
+
+def _size(tensor: StoredTensor) -> int:
+    return ITEM_SIZES[tensor.dtype] * math.prod(tensor.shape)

@@ -1,0 +1,161 @@
+"""Results of `mono_quant_hf.evaluation` as a model card shows them, with the command that measured them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from mono_quant_hf.evaluation.results import Result
+
+from .errors import HubError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a result: its key there, its name for readers, its type for the Hub, and how it is written."""
+
+    key: str
+    name: str
+    type: str
+    form: str
+
+
+METRICS = (
+    Metric("perplexity", "perplexity", "perplexity", ".4f"),
+    Metric("reference_perplexity", "perplexity of the float model", "perplexity", ".4f"),
+    Metric("kl_mean", "mean KL divergence from the float model, nats", "kl_divergence", ".3g"),
+    Metric("kl_p99", "99th percentile of it, nats", "kl_divergence", ".3g"),
+    Metric("top1_agreement", "same top-1 answer as the float model", "accuracy", ".2%"),
+    Metric(
+        "cosine_mean", "mean cosine similarity with the float model's embeddings", "cosine_similarity", ".6f"
+    ),
+    Metric("cosine_min", "the smallest", "cosine_similarity", ".6f"),
+    Metric("relative_error", "relative error of the output against the float model", "relative_error", ".3g"),
+)
+_STANDARD_ERRORS = {"kl_mean": "kl_standard_error"}
+_ABOUT_THE_FLOAT_MODEL = {"reference_perplexity"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, on what, and how anybody can measure it again.
+
+    Args:
+        results: results of `mono_quant_hf.evaluation`, or their `to_dict()`.
+        dataset: name of the text or data, such as `"wikitext-2-raw-v1, test"`.
+        command: the command line or the code that measured it.
+
+    Example:
+        >>> Evaluation([{"perplexity": 21.5, "tokens": 4095}], dataset="pydoc_data.topics").rows()
+        [('perplexity', '21.5000'), ('tokens scored', '4,095')]
+    """
+
+    results: list[Result | Mapping[str, Any]]
+    dataset: str = "a text of the author's"
+    command: str | None = None
+    values: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        values = [result.to_dict() if isinstance(result, Result) else dict(result) for result in self.results]
+        known = {metric.key for metric in METRICS}
+        for value in values:
+            if not known & value.keys():
+                raise HubError(
+                    f"An evaluation holds none of the numbers that a model card shows ({', '.join(sorted(known))}); "
+                    "give results of mono_quant_hf.evaluation."
+                )
+        object.__setattr__(self, "values", values)
+
+    @classmethod
+    def of(cls, given: Any) -> list[Evaluation]:
+        """What a user may hand over, as a list: nothing, one or more results, evaluations, dicts or JSON files.
+
+        A dict, also one in a JSON file, is a result or holds `"results"`, a list of them; `"dataset"` (or `"data"`)
+        and `"command"` in it are those of the evaluation. So are the files that `mono-quant-hf evaluate` writes.
+        """
+        if given is None:
+            return []
+        if isinstance(given, Evaluation):
+            return [given]
+        if isinstance(given, (str, Path)):
+            return cls.of(_read(Path(given)))
+        if isinstance(given, Result):
+            return [cls([given])]
+        if isinstance(given, Mapping):
+            results = given.get("results", [given])
+            results = list(results.values()) if isinstance(results, Mapping) else list(results)
+            about = {"dataset": given.get("dataset") or given.get("data"), "command": given.get("command")}
+            return [cls(results, **{key: value for key, value in about.items() if value})]
+        if isinstance(given, Iterable):
+            return [one for item in given for one in cls.of(item)]
+        raise HubError(
+            f"An evaluation must be a result of mono_quant_hf.evaluation, not {type(given).__name__}."
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The numbers for a table, each metric once: `(name, value)`."""
+        rows: dict[str, str] = {}
+        counts: dict[str, str] = {}
+        for value in self.values:
+            for metric in METRICS:
+                number = value.get(metric.key)
+                if number is not None and _finite(number) and metric.name not in rows:
+                    rows[metric.name] = _written(number, metric, value)
+            for key, name in (("tokens", "tokens scored"), ("samples", "samples")):
+                if key in value:
+                    counts[name] = f"{value[key]:,}"
+        if "reference_perplexity" in (v := _merged(self.values)) and _finite(v.get("perplexity")):
+            change = 100 * (v["perplexity"] / v["reference_perplexity"] - 1)
+            rows["perplexity"] = f"{v['perplexity']:.4f} ({change:+.3f} %)"
+        return [*rows.items(), *counts.items()]
+
+    def eval_results(self, task: str) -> list[EvalResult]:
+        """The numbers of the quantized model for the Hub's `model-index`."""
+        found: dict[tuple[str, str], EvalResult] = {}
+        for value in self.values:
+            for metric in METRICS:
+                number = value.get(metric.key)
+                if not _finite(number) or metric.key in _ABOUT_THE_FLOAT_MODEL:
+                    continue
+                found.setdefault(
+                    (metric.type, metric.name),
+                    EvalResult(
+                        task_type=task,
+                        dataset_type="text" if "tokens" in value else "custom",
+                        dataset_name=self.dataset,
+                        metric_type=metric.type,
+                        metric_name=metric.name,
+                        metric_value=number,
+                    ),
+                )
+        return list(found.values())
+
+
+def _written(number: float, metric: Metric, value: Mapping[str, Any]) -> str:
+    error = value.get(_STANDARD_ERRORS.get(metric.key, ""))
+    return format(number, metric.form) + (f" ± {error:.1g}" if _finite(error) else "")
+
+
+def _merged(values: list[dict[str, Any]]) -> dict[str, Any]:
+    """All numbers in one dictionary; those of a comparison win, so that both perplexities are of the same tokens."""
+    merged: dict[str, Any] = {}
+    for value in sorted(values, key=lambda v: "reference_perplexity" in v):
+        merged |= value
+    return merged
+
+
+def _finite(number: Any) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise HubError(f"The evaluation {file} cannot be read as JSON: {problem}") from problem
