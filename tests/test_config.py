@@ -5,11 +5,13 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from mono_quant_hf import MonoQuantConfig
-from mono_quant_hf.config import FORMAT_VERSION
+from mono_quant_hf.config import FIELDS, FORMAT_VERSION
 
 EVERY_FIELD = {
     "weights": "float16",
     "symmetric": True,
+    "quantize_embeddings": True,
+    "checksums": "AAAAAAAAAAA=",
     "modules_to_not_convert": ["model.layers.0", "re.*"],
     "module_overrides": {
         "model.*.mlp.*": {"weights": "int8", "symmetric": True},
@@ -26,6 +28,7 @@ def test_json_round_trip_keeps_every_field():
         "format_version": FORMAT_VERSION,
         **EVERY_FIELD,
     }
+    assert set(EVERY_FIELD) == set(FIELDS) - {"format_version"}
     assert copy.deepcopy(config) == config != MonoQuantConfig()
 
 
@@ -72,6 +75,7 @@ def test_from_dict_takes_known_keywords_and_hands_back_the_rest():
             TypeError,
             "new_field.*upgrade mono_quant_hf",
         ),
+        ({"checksums": "???"}, ValueError, "checksums is no list of checksums"),
         ({"format_version": "1"}, TypeError, "format_version must be an integer"),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -14,6 +15,7 @@ from mono_quant_hf.modules import QuantizedModule
 from .selection import Decision
 
 _STORED_DTYPES = {"I8": "int8", "F16": "float16"}
+_FLOAT_DTYPES = frozenset({"F64", "F32", "BF16", "F16"})
 _COMPANION_DTYPES = {"_scale": "F32", "_zero_point": "I8"}
 
 
@@ -70,6 +72,11 @@ def decide_by_checkpoint(
             if dtype == "I8":
                 symmetric = f"{key}_zero_point" not in stored and decision.symmetric is not False
                 decision = replace(decision, weights="int8", symmetric=symmetric)
+            elif dtype not in _FLOAT_DTYPES:
+                raise ValueError(
+                    f"{key} in {stored[key].file} is {dtype}, neither int8 codes nor floating-point; "
+                    "save the quantized model again."
+                )
             elif decision.quantized and _STORED_DTYPES.get(dtype) != decision.weights:
                 decision = decision.left_in_float("float in the checkpoint")
         revised.append(decision)
@@ -106,9 +113,21 @@ def check_stored_tensors(
                         f"{key}{suffix} in {found.file} is {found.dtype} {list(found.shape)} where the model needs "
                         f"{dtype} {list(parameter.shape)}; save the quantized model again."
                     )
+                if suffix == "_scale":
+                    _check_scale(key + suffix, found.file)
             expected = tuple(module.get_parameter(weight).shape)
             if stored[key].shape != expected:
                 raise ValueError(
                     f"{key} in {stored[key].file} has shape {list(stored[key].shape)} where the model has "
                     f"{list(expected)}; is it the checkpoint of another model?"
                 )
+
+
+def _check_scale(key: str, file: str) -> None:
+    with safe_open(file, framework="pt") as tensors:
+        scale = tensors.get_tensor(key)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(
+            f"{key} in {file} holds values that are no scale (NaN, infinite, zero or negative); "
+            "save the quantized model again."
+        )

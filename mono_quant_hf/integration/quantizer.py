@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Sequence
@@ -15,16 +16,23 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
-from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+from mono_quant_hf.modules import QuantizedExperts, QuantizedModule, quantized_class_for
 
 from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
 from .conversions import PassThrough, QuantizeWeights
+from .fingerprints import check_fingerprints, checksums_of
 from .placement import keep_tied_together
 from .replacement import replace_modules
 from .resizing import make_resizable, undo_resizable
 from .selection import Decision, aliases_of, decide, log_summary
 from .tags import add_tags, remove_tags
-from .tying import declare_tied_companions, share_storage, tied_modules, withdraw_tied_companions
+from .tying import (
+    declare_tied_companions,
+    share_offloaded,
+    share_storage,
+    tied_modules,
+    withdraw_tied_companions,
+)
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -44,10 +52,12 @@ class MonoQuantHfQuantizer(HfQuantizer):
     serialized_names = {"weight": ["weight", "weight_scale", "weight_zero_point"]}  # noqa: RUF012  transformers' name
 
     def __init__(self, quantization_config: MonoQuantConfig, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
+        # A copy, since saving writes checksums into it and one config may serve several models.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.decisions: list[Decision] = []
         self.problems: list[str] = []
         self.quantized_modules: set[str] = set()
+        self.has_experts = False
         self._keep_in_fp32_strict: Any = None
 
     # Before the weights are loaded
@@ -67,7 +77,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
         if isinstance(device_map, dict):
             keep_tied_together(model, device_map)
         decisions = decide(model, self.quantization_config, dtype)
-        stored = read_headers(checkpoint_files) if self.pre_quantized and checkpoint_files else {}
+        stored = {}
+        if self.pre_quantized and checkpoint_files:
+            stored = read_headers(checkpoint_files)
         aliases = aliases_of(model)
         self.decisions = decide_by_checkpoint(decisions, stored, aliases)
         groups = tied_modules(model)
@@ -75,6 +87,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
         share_storage(model, groups)
         declare_tied_companions(model)
         check_stored_tensors(model, stored, aliases)
+        checksums = self.quantization_config.checksums
+        if stored and checkpoint_files and checksums is not None:
+            check_fingerprints(checkpoint_files, checksums, model.state_dict())
         self._keep_in_fp32_strict = model._keep_in_fp32_modules_strict
         if not self.pre_quantized:
             # The loader casts a weight to the model's dtype before it is quantized, unless the model keeps it in
@@ -117,9 +132,13 @@ class MonoQuantHfQuantizer(HfQuantizer):
             raise ValueError(" ".join(self.problems))
         self.restore_conversions(model)
         self._check_loaded(model)
+        if not self.pre_quantized:
+            share_offloaded(model)
+        self._initialize_buffers(model)
         make_resizable(model)
         add_tags(model, self.quantization_config)
-        log_summary(type(model).__name__, self.decisions)
+        self.has_experts = any(isinstance(module, QuantizedExperts) for module in model.modules())
+        log_summary(model, self.decisions)
         return model
 
     def restore_conversions(self, model: PreTrainedModel) -> None:
@@ -165,6 +184,21 @@ class MonoQuantHfQuantizer(HfQuantizer):
         if not_loaded:
             self._initialize_as_float(model, not_loaded)
 
+    def _initialize_buffers(self, model: PreTrainedModel) -> None:
+        """Give the buffers that no checkpoint holds, such as the scale of Gemma's embeddings, their values.
+
+        transformers leaves them out, as quantized modules are marked as initialized. Here the model initializes a
+        float view of the module whose parameters say that they are.
+        """
+        for name, module in model.named_modules():
+            if not isinstance(module, QuantizedModule) or not module._non_persistent_buffers_set:
+                continue
+            view = module.without_weights()
+            for parameter in view.parameters(recurse=False):
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            with torch.no_grad():
+                _owner(model, name)._init_weights(view)
+
     def _initialize_as_float(self, model: PreTrainedModel, modules: dict[str, QuantizedModule]) -> None:
         """New modules, such as the head of a model that is to be trained, start as the model initializes them."""
         for name, module in modules.items():
@@ -185,6 +219,12 @@ class MonoQuantHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # the adapter is saved, not the model
+        self.quantization_config.checksums = checksums_of(model)
+        return None, {}
+
     @property
     def is_trainable(self) -> bool:
         """Adapters can be trained on top; the codes themselves have no gradient."""
@@ -192,7 +232,8 @@ class MonoQuantHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        """Whether `generate` may compile the model as a whole; experts run one after the other, as tokens come."""
+        return not self.has_experts
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         float_dtype = _dtype_of(model, dtype)

@@ -71,7 +71,7 @@ def test_quantize_on_load_save_and_reload(family, config, dtype, float_folders, 
 
     model.save_pretrained(tmp_path)
     saved_config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert saved_config == config.to_dict()
+    assert saved_config.pop("checksums") and saved_config | {"checksums": None} == config.to_dict()
     for load in ({}, {"dtype": "auto"}, {"dtype": dtype}):
         reloaded = auto_class.from_pretrained(tmp_path, **load)
         assert torch.equal(logits(reloaded), logits(model))

@@ -1,0 +1,298 @@
+"""A damaged checkpoint loads bit for bit, or is one clear error; never something else."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from mono_quant_hf import MonoQuantConfig, quantize_model
+from tests import tiny_models
+from tests.tiny_models import logits
+
+DAMAGES = int(os.environ.get("MONO_QUANT_DAMAGES", "400"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return quantize_model(tiny_models.llama(layers=1))
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    model.save_pretrained(folder, max_shard_size="10KB")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("mono_quant_hf").setLevel(logging.ERROR)
+    yield
+    logging.getLogger("mono_quant_hf").setLevel(logging.NOTSET)
+    transformers_logging.enable_progress_bar()
+    transformers_logging.set_verbosity(before)
+
+
+def edit(file, change):
+    """Apply `change` to the tensors of a file; its metadata stays."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata=metadata)
+
+
+def edit_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+# Each damage: (name, what it does to a folder, given a source of random choices)
+
+
+def flip_a_byte(folder, draw):
+    file = draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
+    content = bytearray(file.read_bytes())
+    content[draw(st.integers(0, len(content) - 1))] ^= draw(st.integers(1, 255))
+    file.write_bytes(content)
+
+
+def cut_a_file(folder, draw):
+    file = draw(st.sampled_from(sorted(folder.iterdir())))
+    content = file.read_bytes()
+    file.write_bytes(content[: draw(st.integers(0, len(content) - 1))])
+
+
+def remove_a_file(folder, draw):
+    draw(st.sampled_from(sorted(folder.glob("*.safetensors")))).unlink()
+
+
+def swap_two_files(folder, draw):
+    files = sorted(folder.glob("*.safetensors"))
+    one, other = draw(st.sampled_from(files)), draw(st.sampled_from(files))
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+
+
+def change_a_tensor(folder, draw):
+    file = draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
+
+    def change(tensors):
+        name = draw(st.sampled_from(sorted(tensors)))
+        kind = draw(st.sampled_from(["remove", "rename", "dtype", "shape", "value", "copy"]))
+        tensor = tensors[name]
+        if kind == "remove":
+            del tensors[name]
+        elif kind == "rename":
+            tensors[name + draw(st.sampled_from(["x", ".weight", "_scale"]))] = tensors.pop(name)
+        elif kind == "dtype":
+            dtypes = [torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int64]
+            tensors[name] = tensor.to(draw(st.sampled_from(dtypes)))
+        elif kind == "shape":
+            tensors[name] = draw(st.sampled_from([tensor.flatten(), tensor[:-1], tensor[None]])).clone()
+        elif kind == "value":
+            changed = tensor.clone().flatten()
+            value = draw(st.sampled_from([0.0, 1.0, -1.0, float("nan"), float("inf")]))
+            if changed.is_floating_point() or value in (0.0, 1.0, -1.0):
+                changed[draw(st.integers(0, changed.numel() - 1))] = value
+            tensors[name] = changed.reshape(tensor.shape)
+        else:
+            other = draw(st.sampled_from(sorted(tensors)))
+            tensors[name] = tensors[other].clone()
+
+    edit(file, change)
+
+
+def change_the_quantization_config(folder, draw):
+    junk = st.sampled_from(
+        [None, True, 7, -1, "int7", "float16", "int8", [], ["lm_head"], {}, {"a": 1}, 1e308]
+    )
+    fields = ["weights", "symmetric", "modules_to_not_convert", "module_overrides", "format_version", "new"]
+
+    def change(content):
+        content["quantization_config"][draw(st.sampled_from(fields))] = draw(junk)
+
+    edit_json(folder / "config.json", change)
+
+
+def change_the_index(folder, draw):
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+
+    def change(content):
+        names = sorted(content["weight_map"])
+        name = draw(st.sampled_from(names))
+        if draw(st.booleans()):
+            del content["weight_map"][name]
+        else:
+            files = [
+                *sorted(set(content["weight_map"].values())),
+                "missing.safetensors",
+                "../other.safetensors",
+            ]
+            content["weight_map"][name] = draw(st.sampled_from(files))
+
+    edit_json(index, change)
+
+
+EVERY_DAMAGE = [
+    flip_a_byte,
+    cut_a_file,
+    remove_a_file,
+    swap_two_files,
+    change_a_tensor,
+    change_a_tensor,
+    change_the_quantization_config,
+    change_the_index,
+]
+
+
+@settings(
+    max_examples=DAMAGES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
+    database=None,
+)
+@given(data=st.data())
+def test_random_damage_is_an_error_or_does_no_harm(
+    data, model, whole, sharded, tmp_path_factory, monkeypatch
+):
+    def no_pickle(*args, **kwargs):
+        raise AssertionError("a pickle was opened")
+
+    monkeypatch.setattr(pickle, "Unpickler", no_pickle)
+    monkeypatch.setattr(torch, "load", no_pickle)
+    folder = tmp_path_factory.mktemp("damaged") / "model"
+    shutil.copytree(data.draw(st.sampled_from([whole, sharded])), folder)
+    try:
+        data.draw(st.sampled_from(EVERY_DAMAGE))(folder, data.draw)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(folder)
+        except (ValueError, OSError, TypeError, RuntimeError) as problem:
+            assert str(problem)
+            return
+        assert torch.equal(logits(loaded), logits(model))
+    finally:
+        shutil.rmtree(folder.parent)
+
+
+def other_save(folder):
+    """The same model with another head: every tensor has the right name, dtype and shape."""
+    changed = tiny_models.llama(layers=1)
+    changed.lm_head.weight.data.mul_(2)
+    quantize_model(changed).save_pretrained(folder, max_shard_size="10KB")
+
+
+def test_a_shard_of_another_save_is_named(sharded, tmp_path):
+    other_save(tmp_path / "other")
+    shutil.copytree(sharded, tmp_path / "mixed")
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    shard = index["weight_map"]["lm_head.weight"]
+    shutil.copy(tmp_path / "other" / shard, tmp_path / "mixed" / shard)
+    with pytest.raises(ValueError, match=rf"{shard} is not what was saved with this config.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_changed_bytes_name_the_file_and_the_tensor(kind, request, tmp_path):
+    shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        if name in load_file(file):
+            edit(file, lambda tensors: tensors[name].view(torch.uint8)[3, 4].add_(1))
+            with pytest.raises(ValueError, match=rf"{name} in .*{file.name} is not what was saved"):
+                AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_scale_that_is_none_is_found_without_checksums_too(value, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.up_proj.weight_scale"
+    edit(file, lambda tensors: tensors[name][5].fill_(value))
+    edit_json(file.with_name("config.json"), lambda content: content["quantization_config"].pop("checksums"))
+    with pytest.raises(ValueError, match=rf"{name} in .* holds values that are no scale"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_saving_twice_writes_the_same_bytes(model, whole, tmp_path):
+    # A second push then uploads only what changed.
+    model.save_pretrained(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("after", [0.0, 0.005, 0.01, 0.02, 0.04, 0.08])
+def test_a_save_that_is_killed_never_leaves_a_mix_that_loads(after, model, sharded, tmp_path):
+    """Saving another model over a checkpoint, killed at some moment: the old or the new one loads, or an error."""
+    folder = tmp_path / "model"
+    shutil.copytree(sharded, folder)
+    other_save(tmp_path / "other")
+    script = textwrap.dedent(
+        f"""
+        import sys
+        from transformers import AutoModelForCausalLM
+        import mono_quant_hf
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "other")!r})
+        print("ready", flush=True)
+        sys.stdin.readline()
+        while True:
+            model.save_pretrained({str(folder)!r}, max_shard_size="10KB")
+        """
+    )
+    saver = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert saver.stdout is not None and saver.stdin is not None
+    assert saver.stdout.readline().strip() == "ready"
+    saver.stdin.write("\n")
+    saver.stdin.flush()
+    time.sleep(after)
+    saver.send_signal(signal.SIGKILL)
+    saver.wait()
+    allowed = [logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "other"))]
+    try:
+        loaded = logits(AutoModelForCausalLM.from_pretrained(folder))
+    except (ValueError, OSError, RuntimeError) as problem:
+        assert str(problem)
+        return
+    assert any(torch.equal(loaded, expected) for expected in allowed)
+
+
+def test_the_config_saved_is_the_config_loaded_whatever_was_changed(whole):
+    loaded = AutoModelForCausalLM.from_pretrained(whole)
+    assert (
+        loaded.hf_quantizer.quantization_config.to_dict() | {"checksums": None} == MonoQuantConfig().to_dict()
+    )
