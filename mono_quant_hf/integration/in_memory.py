@@ -11,12 +11,14 @@ from transformers.core_model_loading import PrefixChange
 
 from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.core import calculate_scale_zp_per_channel, quantize_weight_fp16
-from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+from mono_quant_hf.modules import QuantizedExperts, QuantizedModule, quantized_class_for
 
 from .quantizer import MonoQuantHfQuantizer
 from .replacement import replace_modules
+from .resizing import make_resizable
 from .selection import Decision, decide, log_summary
 from .tags import add_tags
+from .tying import declare_tied_companions, share_storage, tied_modules
 
 
 def quantize_model(
@@ -58,6 +60,7 @@ def quantize_model(
     _refuse_unfit(model)
     decisions = decide(model, config)
     chosen = {decision.module: decision for decision in decisions if decision.quantized}
+    groups = tied_modules(model)
     with torch.no_grad():
         for name, decision in chosen.items():
             _check_weights(name, model.get_submodule(name), decision)
@@ -65,9 +68,12 @@ def quantize_model(
             model = replace_modules(
                 model, {name: _Quantize(d) for name, d in chosen.items()}, on_each=lambda _: bar.update()
             )
+    share_storage(model, groups)
     if isinstance(model, PreTrainedModel):
+        declare_tied_companions(model)
+        make_resizable(model)
         _attach_quantizer(model, config, decisions)
-    log_summary(type(model).__name__, decisions)
+    log_summary(model, decisions)
     return model
 
 
@@ -118,6 +124,7 @@ def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions
     """Make the model one that transformers knows to be quantized, as `from_pretrained` does."""
     quantizer = MonoQuantHfQuantizer(config, pre_quantized=False)
     quantizer.decisions = decisions
+    quantizer.has_experts = any(isinstance(module, QuantizedExperts) for module in model.modules())
     # setattr, as transformers does: these are no declared attributes of the model.
     for name, value in (
         ("hf_quantizer", quantizer),
@@ -125,7 +132,7 @@ def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions
         ("quantization_method", config.quant_method),
     ):
         setattr(model, name, value)
-    model.config.quantization_config = config
+    model.config.quantization_config = quantizer.quantization_config
     add_tags(model, config)
     if getattr(model, "_weight_conversions", None) is None:
         # As save_pretrained itself would look them up, but for the scales too.

@@ -14,7 +14,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mono_quant_hf.config import MonoQuantConfig
-from mono_quant_hf.modules import quantized_class_for
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import STORAGE_DTYPES
 
 from .patterns import Aliases, PatternTracker, matches_as_in_transformers, matches_glob_or_regex
@@ -22,6 +22,8 @@ from .tying import input_embeddings_and_heads, tied_modules
 from .weight_readers import modules_whose_weight_is_read
 
 logger = logging.getLogger("mono_quant_hf")
+
+EMBEDDINGS_OFF = "quantize_embeddings is off"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
     embeddings_and_heads = input_embeddings_and_heads(model)
     chosen = embeddings_and_heads if config.quantize_embeddings else set()
     defaults = _default_skips(model, candidates, config.weights, chosen)
+    if not config.quantize_embeddings:
+        tables = [name for name in embeddings_and_heads if isinstance(candidates.get(name), nn.Embedding)]
+        defaults |= dict.fromkeys(tables, EMBEDDINGS_OFF)
 
     decisions = []
     for name, module in candidates.items():
@@ -109,11 +114,12 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
                 )
         elif skip is not None:
             decision = decision.left_in_float(f"modules_to_not_convert: {skip!r}")
-        elif isinstance(module, nn.Embedding) and name not in chosen:
-            if name in embeddings_and_heads:
-                decision = decision.left_in_float("quantize_embeddings is off")
-            elif override is None or not config.quantize_embeddings:
-                decision = decision.left_in_float("no input embedding")
+        elif (
+            isinstance(module, nn.Embedding)
+            and name not in embeddings_and_heads
+            and (override is None or not config.quantize_embeddings)
+        ):
+            decision = decision.left_in_float("no input embedding")
         decisions.append(decision)
 
     names = [name for name, _ in model.named_modules()]
@@ -135,19 +141,59 @@ def quantized_share(decisions: Iterable[Decision]) -> float:
     return sum(decision.parameters for decision in decisions if decision.quantized) / total if total else 0.0
 
 
-def log_summary(model_name: str, decisions: list[Decision]) -> None:
+def log_summary(model: nn.Module, decisions: list[Decision]) -> None:
     """One line on what was quantized; a warning, with the largest left out, where it is under half."""
     share = quantized_share(decisions)
     count = sum(decision.quantized for decision in decisions)
-    summary = f"{model_name}: {count} of {len(decisions)} modules quantized, {share:.1%} of their parameters"
+    summary = f"{type(model).__name__}: {count} of {len(decisions)} modules quantized, {share:.1%} of their parameters"
+    before, after = _bytes_of(model)
+    sizes = f"{_readable(after)} instead of {_readable(before)}"
+    tables = [d for d in decisions if d.reason == EMBEDDINGS_OFF]
+    if tables:
+        table = max(tables, key=lambda d: d.parameters)
+        weight = model.get_submodule(table.module).get_parameter("weight")
+        saved = weight.numel() * (weight.element_size() - 1) - 5 * len(weight)
+        sizes += f"; quantize_embeddings=True would save another {_readable(saved)}" if saved > 0 else ""
     if share >= 0.5:
-        logger.info("%s.", summary)
+        logger.info("%s. %s.", summary, sizes)
         return
     left_out = sorted((d for d in decisions if not d.quantized), key=lambda d: -d.parameters)[:3]
     named = "; ".join(
         f"{d.module or 'the model itself'} ({d.parameters:,} parameters: {d.reason})" for d in left_out
     )
-    logger.warning("%s. The largest left in float: %s.", summary, named)
+    logger.warning("%s. The largest left in float: %s. %s.", summary, named, sizes)
+
+
+def _bytes_of(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the parameters in the dtype that the model computes in, and as they are."""
+    before = after = 0
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    computes_in = model.dtype if isinstance(model, PreTrainedModel) else None
+    element_size = (computes_in or (floating[0].dtype if floating else torch.float32)).itemsize
+    seen: set[int] = set()
+    for module in model.modules():
+        weights: set[str] = set()
+        companions: set[str] = set()
+        if isinstance(module, QuantizedModule):
+            weights = set(module.weight_axes)
+            companions = {key for name in weights for key in module.companions(name)}
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            after += parameter.numel() * parameter.element_size()
+            if name in weights:
+                before += parameter.numel() * element_size
+            elif name not in companions:
+                before += parameter.numel() * parameter.element_size()
+    return before, after
+
+
+def _readable(size: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def _holds_weight(module: nn.Module) -> bool:
@@ -192,7 +238,9 @@ def _decide_together(groups: list[list[str]], decisions: list[Decision]) -> list
                     member, weights=first.weights, symmetric=first.symmetric, reason=first.reason
                 )
             elif member.quantized:
-                reason = f"it shares its weight with {in_float.module}, which stays in float: {in_float.reason}"
+                reason = (
+                    f"it shares its weight with {in_float.module}, which stays in float: {in_float.reason}"
+                )
                 by_name[member.module] = member.left_in_float(reason)
     return [by_name[decision.module] for decision in decisions]
 

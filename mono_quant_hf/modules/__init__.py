@@ -11,6 +11,7 @@ from .conv import (
     quantize_conv2d_module,
 )
 from .conv1d_projection import QuantizedConv1DProjection
+from .embedding import QuantizedEmbedding, QuantizedEmbeddingVariant
 from .experts import QuantizedExperts
 from .linear import QuantizedLinear, quantize_linear_module
 from .linear_variant import QuantizedLinearVariant
@@ -30,6 +31,8 @@ __all__ = [
     "QuantizedConvTranspose1d",
     "QuantizedConvTranspose2d",
     "QuantizedConvTranspose3d",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingVariant",
     "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedLinearVariant",

@@ -165,13 +165,26 @@ class QuantizedModule(nn.Module):
         for name in ("weights", "symmetric", "float_class", "module_name"):
             del twin.__dict__[name]
         for weight_name in self.weight_axes:
-            for companion in (f"{weight_name}_scale", f"{weight_name}_zero_point"):
+            for companion in self.companions(weight_name):
                 del twin._parameters[companion]
             twin._parameters[weight_name] = nn.Parameter(self.dequantized(weight_name, dtype))
         for name, parameter in twin._parameters.items():
             if parameter is not None and name not in self.weight_axes:
                 twin._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
         return twin
+
+    def without_weights(self) -> nn.Module:
+        """A module of the original class that shares the buffers of this one and has empty float parameters."""
+        twin = _twin(self, self.float_class)
+        twin._parameters = {
+            name: None if parameter is None else nn.Parameter(torch.empty(0), requires_grad=False)
+            for name, parameter in twin._parameters.items()
+        }
+        return twin
+
+    def companions(self, weight_name: str) -> list[str]:
+        """Names of the parameters beside a weight that the float module does not have."""
+        return [f"{weight_name}_scale", f"{weight_name}_zero_point"]
 
     def storage_names(self) -> list[str]:
         """Names of the parameters that hold codes, scales and zero-points (not the bias)."""

@@ -22,15 +22,18 @@ class OwnForward(QuantizedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         view = _twin(self, self.float_class)
-        for name, axes in self.weight_axes.items():
-            stored = self.get_parameter(name)
-            scale, zero_point = self._parameters[f"{name}_scale"], self._parameters[f"{name}_zero_point"]
-            out_axis = axes if isinstance(axes, int) else max(axes)
-            view._parameters[name] = QuantizedOperand(stored, scale, zero_point, out_axis == stored.dim() - 1)
+        for name in self.weight_axes:
+            view._parameters[name] = self._operand(name)
         config = view.__dict__.get("config")
         if hasattr(config, "_experts_implementation"):
             view.__dict__["config"] = _EagerExperts(config)
         return self.float_class.forward(view, *args, **kwargs)
+
+    def _operand(self, name: str) -> QuantizedOperand:
+        stored, axes = self.get_parameter(name), self.weight_axes[name]
+        scale, zero_point = self._parameters[f"{name}_scale"], self._parameters[f"{name}_zero_point"]
+        out_axis = axes if isinstance(axes, int) else max(axes)
+        return QuantizedOperand(stored, scale, zero_point, out_axis == stored.dim() - 1)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so that pickle would not find it by its name.

@@ -47,25 +47,50 @@ def usage_of(module: nn.Module, name: str) -> Usage:
     return Usage(None, f"there is no source that shows how its {name} is used")
 
 
+@functools.lru_cache(maxsize=1024)
+def other_use_of_table(cls: type[nn.Module]) -> str | None:
+    """The code by which a class does more with its `weight` than look up rows and read its dtype; None for none."""
+    for method in _all_methods(cls):
+        parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+        for node in ast.walk(method):
+            if not _is_own(node, "weight"):
+                continue
+            user = parents[node]
+            reads = isinstance(user, ast.Attribute) and user.attr in _HARMLESS_ATTRIBUTES | {"dtype"}
+            looks_up = isinstance(user, ast.Call) and len(user.args) > 1 and user.args[1] is node
+            if not reads and not (looks_up and ast.unparse(user).partition("(")[0].endswith("embedding")):
+                return f"{method.name} uses its weight in {ast.unparse(user)!r}"
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
 def _usage_in_source(cls: type[nn.Module], name: str, indexable: bool) -> Usage | None:
     """What all methods of the class and its bases say; None where there is no source, or none that names it."""
     found: set[bool] = set()
-    seen: set[str] = set()
-    for base in cls.__mro__:
-        if base.__module__.partition(".")[0] in ("torch", "builtins"):
-            continue
-        for method in _methods(base):
-            if method.name in seen or method.name.startswith(_SET_UP_METHODS):
-                continue
-            seen.add(method.name)
-            try:
-                found |= _orientations(method, name, indexable)
-            except _OtherUse as use:
-                return Usage(None, f"{cls.__name__}.{method.name} uses its {name} in {str(use)!r}")
+    for method in _all_methods(cls):
+        try:
+            found |= _orientations(method, name, indexable)
+        except _OtherUse as use:
+            return Usage(None, f"{cls.__name__}.{method.name} uses its {name} in {str(use)!r}")
     if len(found) > 1:
         return Usage(None, f"{cls.__name__} uses its {name} both as it is and transposed")
     return Usage(found.pop()) if found else None
+
+
+def _all_methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
+    """The methods that instances of a class have, but for those that set it up and those of torch."""
+    methods: dict[str, ast.FunctionDef] = {}
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
+            for method in _methods(base):
+                methods.setdefault(method.name, method)
+    return [method for name, method in methods.items() if not name.startswith(_SET_UP_METHODS)]
+
+
+def _is_own(node: ast.AST, name: str) -> bool:
+    """Whether an expression is `self.<name>`."""
+    of_self = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return of_self and isinstance(node, ast.Attribute) and node.attr == name
 
 
 @functools.lru_cache(maxsize=1024)
@@ -89,13 +114,7 @@ def _orientations(method: ast.FunctionDef, name: str, indexable: bool) -> set[bo
     trace = _Trace(method)
     found = set()
     for node in ast.walk(method):
-        is_parameter = (
-            isinstance(node, ast.Attribute)
-            and node.attr == name
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "self"
-        )
-        if is_parameter:
+        if _is_own(node, name):
             found |= trace.follow(node, indexable, transposed=False)
     return found
 
