@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -9,10 +12,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
+from mono_quant_hf.calibration import Compensation, Sampling
 from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.core import calculate_scale_zp_per_channel, quantize_weight_fp16
 from mono_quant_hf.modules import QuantizedExperts, QuantizedModule, quantized_class_for
 
+from .calibrated import quantize_calibrated
 from .quantizer import MonoQuantHfQuantizer
 from .replacement import replace_modules
 from .resizing import make_resizable
@@ -22,7 +27,15 @@ from .tying import declare_tied_companions, share_storage, tied_modules
 
 
 def quantize_model(
-    model: nn.Module, config: MonoQuantConfig | None = None, *, progress: bool = False
+    model: nn.Module,
+    config: MonoQuantConfig | None = None,
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    sampling: Sampling | None = None,
+    compensation: Compensation | None = None,
+    resume_folder: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> nn.Module:
     """Quantize a model in memory, in place, one module after the other.
 
@@ -32,6 +45,17 @@ def quantize_model(
     Args:
         model: any module with float weights, on any device.
         config: what to quantize and how; `MonoQuantConfig()` if None.
+        calibration: how int8 codes are chosen in layers that are a plain matrix product (Linear, Conv1d, Conv2d,
+            transformers' Conv1D). None, the default: the nearest. `"data-free"`: so that each channel's errors sum
+            to almost nothing. Or by what the layers are fed, one after the other, each making up for the errors of
+            those before (see `mono_quant_hf.calibration`): on texts (a list of str, a `pathlib.Path`, a
+            `datasets.Dataset`), on batches of inputs (tensors or mappings), or `"self"`, on text that a causal
+            language model writes itself. The format is the same.
+        tokenizer: the model's, for calibration on texts.
+        sampling: how many texts, how long, and the seed; `Sampling()` if None.
+        compensation: damping and the like; `Compensation()` if None.
+        resume_folder: calibration keeps the codes of finished layers here, and goes on from them when it is called
+            again with the same model and samples.
         progress: show a progress bar.
 
     Returns:
@@ -64,10 +88,26 @@ def quantize_model(
     with torch.no_grad():
         for name, decision in chosen.items():
             _check_weights(name, model.get_submodule(name), decision)
-        with tqdm(total=len(chosen), desc="Quantizing", unit="module", disable=not progress) as bar:
-            model = replace_modules(
-                model, {name: _Quantize(d) for name, d in chosen.items()}, on_each=lambda _: bar.update()
-            )
+    if calibration is not None:
+        model, done = quantize_calibrated(
+            model,
+            chosen,
+            groups,
+            calibration,
+            tokenizer=tokenizer,
+            sampling=sampling,
+            compensation=compensation,
+            resume_folder=resume_folder,
+            progress=progress,
+        )
+        chosen = {name: decision for name, decision in chosen.items() if name not in done}
+    with (
+        torch.no_grad(),
+        tqdm(total=len(chosen), desc="Quantizing", unit="module", disable=not progress) as bar,
+    ):
+        model = replace_modules(
+            model, {name: _Quantize(d) for name, d in chosen.items()}, on_each=lambda _: bar.update()
+        )
     share_storage(model, groups)
     if isinstance(model, PreTrainedModel):
         declare_tied_companions(model)

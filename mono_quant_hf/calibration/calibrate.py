@@ -1,0 +1,324 @@
+"""Calibrated rounding: stage by stage, layer by layer, each layer seeing what its rounded predecessors give."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mono_quant_hf.core import quantize_to_codes
+from mono_quant_hf.core.rounding import damped, factorized, round_balanced, round_compensated
+from mono_quant_hf.modules import (
+    QuantizedConv1d,
+    QuantizedConv1DProjection,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedModule,
+)
+
+from .layouts import Layout, Moments, layout_of
+from .stages import Blocks, Inputs, Stage, inputs_of, output_of
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How errors are compensated; the defaults are those that the README's figures were measured with.
+
+    Attributes:
+        damping: share of the mean diagonal that is added to the Hessian, against fitting the samples too closely.
+        sweeps: of coordinate descent after the first pass.
+        drift: how much of the error that a layer's rounded predecessors leave in its input it makes up for, 0 to 1.
+    """
+
+    damping: float = 0.01
+    sweeps: int = 1
+    drift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping <= 1:
+            raise ValueError(f"damping is {self.damping}, but it must be from 0 to 1.")
+        if not isinstance(self.sweeps, int) or self.sweeps < 0:
+            raise ValueError(f"sweeps is {self.sweeps!r}, but it must be a whole number from 0.")
+        if not 0 <= self.drift <= 1:
+            raise ValueError(f"drift is {self.drift}, but it must be from 0 to 1.")
+
+
+# Modules whose forward is one matrix product with the weight, and nothing else.
+_PLAIN = (QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv1DProjection)
+
+
+@dataclass
+class _Layer:
+    """A module at work: still a float one, which computes with its float or with its rounded weight."""
+
+    name: str
+    module: nn.Module
+    layout: Layout
+    target: QuantizedModule
+    float_weight: Tensor = field(init=False)
+    rounded_weight: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.float_weight = self.rounded_weight = self.module.get_parameter("weight").data
+
+    def use(self, rounded: bool) -> None:
+        self.module.get_parameter("weight").data = self.rounded_weight if rounded else self.float_weight
+
+    def settle(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Fill the quantized module, and compute with what it stands for from now on."""
+        tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero_point}
+        for key, tensor in tensors.items():
+            if tensor is not None:
+                self.target._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+        self.rounded_weight = self.target.dequantized("weight", self.float_weight.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {key: self.target.get_parameter(key).data for key in self.target.storage_names()}
+
+
+def rounds_with_moments(target: QuantizedModule) -> bool:
+    """Whether calibration has a say in the module's codes: int8, and a plain matrix product."""
+    return (
+        target.weights == "int8" and list(target.weight_axes) == ["weight"] and layout_of(target) is not None
+    )
+
+
+def balance(module: nn.Module, target: QuantizedModule) -> QuantizedModule:
+    """Fill `target` with the codes of `round_balanced`; no data is needed.
+
+    Args:
+        module: the float module.
+        target: its quantized twin, of a kind for which `rounds_with_moments`.
+    """
+    layout = layout_of(module)
+    assert layout is not None
+    matrix = layout.matrix(module.get_parameter("weight").detach())
+    _, scale, zero_point = quantize_to_codes(matrix, target.symmetric, tuple(range(matrix.dim() - 1)))
+    codes = round_balanced(matrix, scale, zero_point)
+    for key, tensor in (("weight", codes), ("weight_scale", scale), ("weight_zero_point", zero_point)):
+        if tensor is not None:
+            value = layout.weight(tensor).contiguous()
+            target._parameters[key] = nn.Parameter(value, requires_grad=False)
+    return target
+
+
+def calibrate(
+    model: nn.Module,
+    targets: Mapping[str, QuantizedModule],
+    batches: Sequence[Inputs],
+    *,
+    compensation: Compensation | None = None,
+    replace: Callable[[str, QuantizedModule], None],
+    resume_folder: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> list[str]:
+    """Fill quantized modules with codes that keep the outputs of their layers, and so of the model.
+
+    In the order of the forward pass, for each group of layers that share an input: the second moments of that input
+    are summed up over all batches, in the model whose layers so far are rounded, along with how far it has drifted
+    from the float model's; the weight is shifted by what makes up for the drift (least squares), and rounded by
+    `round_compensated`. In memory there are, beside the model, the outputs of one block for all batches, of the float
+    and of the rounded model, and the moments of one group.
+
+    Args:
+        model: float, in evaluation mode on return as it was before; its layers are handed to `replace` one by one.
+        targets: `{module name: its quantized twin, not yet filled}`, for modules for which `rounds_with_moments`.
+        batches: inputs of the model, by name.
+        compensation: how; `Compensation()` if None.
+        replace: called with a name and the filled twin, when the model no longer needs the float module.
+        resume_folder: where the codes of finished blocks are kept, for a run that was interrupted to go on from.
+        progress: show a progress bar.
+
+    Returns:
+        the names of modules that no batch came by; they got `round_balanced` codes.
+
+    Raises:
+        ValueError: there are no batches, the inputs overflow, or the folder is of another run.
+    """
+    if not batches:
+        raise ValueError("There are no calibration samples; give at least one.")
+    work = _Calibration(model, targets, batches, compensation or Compensation(), replace, resume_folder)
+    return work.go(progress)
+
+
+class _Calibration:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, QuantizedModule],
+        batches: Sequence[Inputs],
+        compensation: Compensation,
+        replace: Callable[[str, QuantizedModule], None],
+        resume_folder: str | os.PathLike[str] | None,
+    ):
+        self.model, self.batches, self.compensation, self.replace = model, batches, compensation, replace
+        self.layers: dict[str, _Layer] = {}
+        for name, target in targets.items():
+            module = model.get_submodule(name)
+            layout = layout_of(module)
+            assert layout is not None
+            self.layers[name] = _Layer(name, module, layout, target)
+        self.outside: list[_Layer] = []
+        self.kept: dict[bool, list[dict[str, Any]]] = {
+            rounded: [{} for _ in batches] for rounded in (False, True)
+        }
+        self.folder = None if resume_folder is None else _Folder(Path(resume_folder), self._fingerprint())
+
+    @torch.no_grad()
+    def go(self, progress: bool) -> list[str]:
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        with ExitStack() as stack:
+            for module in training:
+                stack.callback(setattr, module, "training", True)
+            self.blocks = Blocks(self.model, list(self.layers), self.batches[0])
+            stack.callback(self.blocks.put_back)
+            stages = self.blocks.stages
+            total = sum(len(stage.groups) for stage in stages)
+            with tqdm(total=total, desc="Calibrating", unit="layer", disable=not progress) as bar:
+                for number, stage in enumerate(stages):
+                    self._stage(number, stage, last=stage is stages[-1], bar=bar)
+            for layer in self.outside:
+                self._finish(layer)
+        reached = {name for stage in stages for group in stage.groups for name in group}
+        missed = [name for name in self.layers if name not in reached]
+        for name in missed:
+            layer = self.layers[name]
+            self.replace(name, balance(layer.module, layer.target))
+        return missed
+
+    def _stage(self, number: int, stage: Stage, last: bool, bar: Any) -> None:
+        active = [self.layers[name] for group in stage.groups for name in group]
+        stored = self.folder.load(number) if self.folder else None
+        self.active = active
+        for group in stage.groups:
+            layers = [self.layers[name] for name in group]
+            bar.set_postfix_str(group[0])
+            if stored is not None:
+                for layer in layers:
+                    key = f"{layer.name}.weight"
+                    layer.settle(stored[key], stored[f"{key}_scale"], stored.get(f"{key}_zero_point"))
+            else:
+                self._round(layers)
+            bar.update()
+        if self.folder and stored is None:
+            self.folder.save(number, {f"{a.name}.{key}": t for a in active for key, t in a.tensors().items()})
+        if stage.block is None:
+            self.outside += active
+            return
+        if not last:
+            self._keep_outputs(stage.block)
+        for layer in active:
+            self._finish(layer)
+        self.blocks.put_aside(stage.block)
+
+    def _round(self, layers: list[_Layer]) -> None:
+        """The codes of one group; layers of different layouts have moments of their own."""
+        moments: dict[Any, Moments] = {}
+        for layer in layers:
+            moments.setdefault(layer.layout.key, Moments(layer.layout))
+        name = layers[0].name
+        for index in range(len(self.batches)):
+            rounded = self._inputs(name, index, rounded=True)
+            exact: Iterable[Tensor | None] = [None] * len(rounded)
+            if self.compensation.drift:
+                exact = self._inputs(name, index, rounded=False)
+            for x, x_float in zip(rounded, exact, strict=True):
+                for moment in moments.values():
+                    moment.add(x, x_float)
+        for layer in layers:
+            layer.settle(*self._codes(layer, moments[layer.layout.key]))
+
+    def _codes(self, layer: _Layer, moments: Moments) -> tuple[Tensor, Tensor, Tensor | None]:
+        matrix = layer.layout.matrix(layer.float_weight).float()
+        _, scale, zero_point = quantize_to_codes(
+            matrix, layer.target.symmetric, tuple(range(matrix.dim() - 1))
+        )
+        settings = self.compensation
+        if moments.drift.dim():
+            factor = factorized(damped(moments.hessian, settings.damping))
+            # W + d W E[(x_float - x) xᵀ] H⁻¹ meets x as W meets x_float, as far as a linear layer can
+            shift = torch.cholesky_solve((matrix @ moments.drift).mT, factor).mT
+            matrix = matrix + settings.drift * shift
+        codes = round_compensated(
+            matrix, scale, zero_point, moments.hessian, damping=settings.damping, sweeps=settings.sweeps
+        )
+        restore = layer.layout.weight
+        return (
+            restore(codes).contiguous(),
+            restore(scale).contiguous(),
+            None if zero_point is None else restore(zero_point).contiguous(),
+        )
+
+    def _inputs(self, name: str, index: int, rounded: bool) -> list[Tensor]:
+        self._use(rounded)
+        with self.blocks.recalling(self.kept[rounded][index]):
+            return inputs_of(self.model, self.batches[index], name, name in self.blocks.repeated)
+
+    def _keep_outputs(self, block: str) -> None:
+        row = block.rpartition(".")[0]
+        for rounded in (True, False) if self.compensation.drift else (True,):
+            self._use(rounded)
+            for batch, kept in zip(self.batches, self.kept[rounded], strict=True):
+                with self.blocks.recalling(kept):
+                    kept[row] = output_of(self.model, batch, block)
+        self._use(True)
+
+    def _use(self, rounded: bool) -> None:
+        for layer in (*self.outside, *self.active):
+            layer.use(rounded)
+
+    def _finish(self, layer: _Layer) -> None:
+        self.replace(layer.name, layer.target)
+        del self.layers[layer.name].float_weight, self.layers[layer.name].rounded_weight
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(asdict(self.compensation)).encode())
+        for name, layer in self.layers.items():
+            weight = layer.float_weight
+            digest.update(f"{name} {list(weight.shape)} {layer.target.symmetric}".encode())
+            digest.update(str(weight.flatten()[:16].tolist()).encode())
+        for batch in self.batches:
+            for key, value in batch.items():
+                content = value.cpu().flatten()[:4096].tolist() if isinstance(value, Tensor) else value
+                digest.update(f"{key} {getattr(value, 'shape', '')} {content}".encode())
+        return digest.hexdigest()
+
+
+class _Folder:
+    """The codes of finished stages, one safetensors file each; a file is there whole or not at all."""
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = folder / "calibration.json"
+        if manifest.is_file():
+            if json.loads(manifest.read_text(encoding="utf-8")).get("fingerprint") != fingerprint:
+                raise ValueError(
+                    f"{folder} holds the calibration of another model, samples or settings: choose another "
+                    "folder, or delete it."
+                )
+        else:
+            manifest.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+
+    def load(self, number: int) -> dict[str, Tensor] | None:
+        path = self._path(number)
+        return load_file(path) if path.is_file() else None
+
+    def save(self, number: int, tensors: dict[str, Tensor]) -> None:
+        partial = self._path(number).with_suffix(".partial")
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, self._path(number))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"stage-{number:04d}.safetensors"

@@ -1,0 +1,205 @@
+"""What to calibrate on: texts, inputs as they are, or text that the model itself writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mono_quant_hf.texts import special_frame, token_sequences
+
+from .stages import Inputs
+
+SELF = "self"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many samples are taken, and how long they are.
+
+    Attributes:
+        samples: rows of text, taken evenly over all of it; batches of inputs are all used.
+        length: tokens in a row; no more than the model has positions for.
+        batch_size: rows fed at once.
+        column: of a dataset, the one that holds the text.
+        seed: of the text that the model writes itself.
+    """
+
+    samples: int = 128
+    length: int = 512
+    batch_size: int = 8
+    column: str = "text"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "length", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but it must be a whole number from 1.")
+
+
+def calibration_batches(
+    model: nn.Module,
+    source: Any,
+    tokenizer: Any = None,
+    sampling: Sampling | None = None,
+    progress: bool = False,
+) -> list[Inputs]:
+    """Batches of inputs for the model.
+
+    Args:
+        model: the float model.
+        source: `"self"`, for a causal language model to write its own text; texts (a list of str, a
+            `pathlib.Path`, a `datasets.Dataset`), of which a str alone is not one, so that a misspelt `"self"` is
+            noticed; or inputs as the model takes them: tensors, or mappings of names to tensors, one per batch.
+        tokenizer: of the model; for texts.
+        sampling: how many and how long; `Sampling()` if None.
+        progress: show a progress bar while the model writes.
+
+    Raises:
+        TypeError, ValueError: nothing in it, no tokenizer, too little text, or a model that cannot write.
+
+    Example:
+        >>> import torch
+        >>> calibration_batches(torch.nn.Linear(2, 2), [torch.zeros(3, 2)])
+        [{'': tensor([[0., 0.],
+                [0., 0.],
+                [0., 0.]])}]
+    """
+    sampling = sampling or Sampling()
+    if isinstance(source, str):
+        if source != SELF:
+            raise ValueError(
+                f"calibration={source[:40]!r} is not known: give 'self', 'data-free', a list of texts, a Dataset or "
+                "batches of inputs."
+            )
+        return _rows(write_text(model, sampling, progress=progress), sampling, model)
+    if isinstance(source, (Tensor, Mapping)) and not hasattr(source, "column_names"):
+        source = [source]
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        if len(source) == 0:
+            raise ValueError("calibration is empty: give at least one text or batch.")
+        if _is_batch(source[0]):
+            return [_as_inputs(batch) for batch in source]
+    if tokenizer is None:
+        raise TypeError("texts to calibrate on need the model's tokenizer: give tokenizer=.")
+    return _rows(_cut(model, source, tokenizer, sampling), sampling, model)
+
+
+def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> Tensor:
+    """Text that a causal language model writes: each token drawn from its own distribution, temperature 1.
+
+    Every row starts with the model's first token (`bos_token_id`), and goes on after an end of text as its training
+    data did, with another one.
+
+    Args:
+        model: causal, with a cache of keys and values.
+        sampling: `samples` rows of `length` tokens, the same for the same seed and model.
+        progress: show a progress bar.
+
+    Returns:
+        int64 `[samples, length]` on the CPU.
+
+    Raises:
+        TypeError: the model is no causal language model.
+        ValueError: it has no first token.
+    """
+    config = getattr(model, "config", None)
+    can_write = getattr(model, "can_generate", None)
+    if config is None or can_write is None or not can_write() or getattr(config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"calibration='self' is for causal language models, which {type(model).__name__} is not: give texts or "
+            "batches of inputs."
+        )
+    config = config.get_text_config()
+    first = next((t for t in (config.bos_token_id, config.eos_token_id) if t is not None), None)
+    first = first[0] if isinstance(first, (list, tuple)) and first else first
+    if not isinstance(first, int):
+        raise ValueError(
+            f"{type(model).__name__} has no bos_token_id to start a text with: give texts instead."
+        )
+    length = _length(model, sampling)
+    device = next(p.device for p in model.parameters())
+    generator = torch.Generator().manual_seed(sampling.seed)
+    rows = []
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            tqdm(total=sampling.samples * length, desc="Writing", unit="token", disable=not progress) as bar,
+        ):
+            for begin in range(0, sampling.samples, _ROWS_AT_ONCE):
+                count = min(_ROWS_AT_ONCE, sampling.samples - begin)
+                tokens = torch.full((count, 1), first, dtype=torch.long)
+                written, cache = [tokens], None
+                bar.update(count)
+                for _ in range(length - 1):
+                    output = model(input_ids=tokens.to(device), past_key_values=cache, use_cache=True)
+                    cache = output.past_key_values
+                    # drawn on the CPU, whose numbers are the same whatever the model runs on
+                    likely = output.logits[:, -1].float().softmax(-1).cpu()
+                    tokens = torch.multinomial(likely, 1, generator=generator)
+                    written.append(tokens)
+                    bar.update(count)
+                rows.append(torch.cat(written, dim=1))
+    finally:
+        for module in training:
+            module.training = True
+    return torch.cat(rows)
+
+
+# Rows that are written side by side: more are hardly faster, and hold more keys and values.
+_ROWS_AT_ONCE = 64
+
+
+def _cut(model: nn.Module, source: Any, tokenizer: Any, sampling: Sampling) -> Tensor:
+    """Rows of one length, as many as wanted, evenly over the text."""
+    causal = not getattr(tokenizer, "mask_token", None)
+    if causal:
+        before = after = torch.empty(0, dtype=torch.long)
+    else:
+        before, after = special_frame(tokenizer)
+    length = _length(model, sampling)
+    (tokens,) = token_sequences(tokenizer, source, column=sampling.column, add_special_tokens=causal)
+    room = min(length - len(before) - len(after), len(tokens))
+    if room < 1:
+        raise ValueError(
+            f"length is {length}, which leaves no room beside the special tokens: give a larger one."
+        )
+    rows = tokens[: len(tokens) // room * room].reshape(-1, room)
+    if len(rows) > sampling.samples:
+        rows = rows[torch.linspace(0, len(rows) - 1, sampling.samples).round().long()]
+    frame = [part.expand(len(rows), -1) for part in (before, after)]
+    return torch.cat([frame[0], rows, frame[1]], dim=1)
+
+
+def _length(model: nn.Module, sampling: Sampling) -> int:
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return (
+        min(sampling.length, positions) if isinstance(positions, int) and positions > 0 else sampling.length
+    )
+
+
+def _rows(rows: Tensor, sampling: Sampling, model: nn.Module) -> list[Inputs]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    extra = {"use_cache": False} if getattr(model, "can_generate", lambda: False)() else {}
+    return [{"input_ids": part.to(device), **extra} for part in rows.split(sampling.batch_size)]
+
+
+def _is_batch(item: Any) -> bool:
+    return isinstance(item, Tensor) or (
+        isinstance(item, Mapping) and any(isinstance(value, Tensor) for value in item.values())
+    )
+
+
+def _as_inputs(batch: Any) -> Inputs:
+    if isinstance(batch, Tensor):
+        return {"": batch}
+    return {name: value for name, value in batch.items() if name not in ("label", "labels")}

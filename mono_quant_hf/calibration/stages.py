@@ -1,0 +1,255 @@
+"""Running a model piece by piece: the blocks before the one at work answer from what they gave last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Mapping[str, Any]
+
+
+class _Stop(Exception):
+    """Ends a forward pass where all that it was for has been seen."""
+
+
+class _Recall(nn.Module):
+    """Stands for a block that is done: answers with what the last of its row gave; attributes are the block's."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        object.__setattr__(self, "block", block)  # no child: its parameters shall not be moved or listed
+        self.value: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
+
+
+@dataclass
+class Stage:
+    """Modules that are rounded before the pass goes on.
+
+    Attributes:
+        block: what is run for them, or None for modules outside of all blocks.
+        groups: names of modules, in the order of their calls; those of a group are fed the same tensor.
+    """
+
+    block: str | None
+    groups: list[list[str]] = field(default_factory=list)
+
+
+@dataclass
+class _Call:
+    name: str
+    x: Tensor
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's output; an input called "" is handed over by position."""
+    inputs = dict(inputs)
+    positional = [inputs.pop("")] if "" in inputs else []
+    return model(*positional, **inputs)
+
+
+def inputs_of(model: nn.Module, inputs: Inputs, name: str, all_calls: bool) -> list[Tensor]:
+    """What module `name` is fed in a forward pass, which ends there unless `all_calls` are wanted."""
+    seen: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_first_tensor(args, kwargs))
+        if not all_calls:
+            raise _Stop
+
+    _run_until_stop(model, inputs, model.get_submodule(name), look)
+    return seen
+
+
+def output_of(model: nn.Module, inputs: Inputs, name: str) -> Any:
+    """What block `name` gives in a forward pass, which ends there."""
+    seen: list[Any] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.append(output)
+        raise _Stop
+
+    handle = model.get_submodule(name).register_forward_hook(look)
+    try:
+        run(model, inputs)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _run_until_stop(model: nn.Module, inputs: Inputs, module: nn.Module, look: Callable[..., None]) -> None:
+    handle = module.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        run(model, inputs)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+class Blocks:
+    """The rows of blocks of a model (its `ModuleList`s of layers), which can be put aside one after the other.
+
+    While block k is at work, the blocks before it in its row answer with what block k - 1 gave, so that a pass up to
+    block k costs no more than block k itself and what surrounds the rows. Whether that is how the model works, each
+    block once, in order, each fed by the one before it alone, is tried on one batch first; where it is not, there
+    are no blocks and every pass is one of the whole model.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str], inputs: Inputs):
+        self.model = model
+        self.rows: dict[str, list[str]] = {}
+        self._aside: dict[str, _Recall] = {}
+        calls, order = self._record(names, _rows_of(model, names), inputs)
+        self.repeated = {call.name for call in calls if sum(c.name == call.name for c in calls) > 1}
+        self.order = order
+        self.stages = self._plan(calls, set(names))
+
+    def put_aside(self, block: str) -> None:
+        """From now on, `block` and those before it in its row answer with what `recalling` sets."""
+        row, _, index = block.rpartition(".")
+        recall = _Recall(self.model.get_submodule(block))
+        self._aside[block] = recall
+        self.model.get_submodule(row)._modules[index] = recall
+
+    def put_back(self) -> None:
+        """All blocks are in their places again."""
+        for block, recall in self._aside.items():
+            row, _, index = block.rpartition(".")
+            self.model.get_submodule(row)._modules[index] = recall.block
+        self._aside.clear()
+
+    @contextmanager
+    def recalling(self, values: Mapping[str, Any]) -> Iterator[None]:
+        """Let the blocks that were put aside answer with `values`, by the name of their row."""
+        for block, recall in self._aside.items():
+            recall.value = values[block.rpartition(".")[0]]
+        try:
+            yield
+        finally:
+            for recall in self._aside.values():
+                recall.value = None
+
+    def _record(
+        self, names: list[str], rows: dict[str, list[str]], inputs: Inputs
+    ) -> tuple[list[_Call], list[str]]:
+        """One pass: the calls of the modules, and the blocks of the rows that can be put aside in their order."""
+        calls: list[_Call] = []
+        outputs: list[tuple[str, Any]] = []
+        handles = []
+        for name in names:
+
+            def called(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                calls.append(_Call(name, _first_tensor(args, kwargs)))
+
+            handles.append(self.model.get_submodule(name).register_forward_pre_hook(called, with_kwargs=True))
+        for block in (block for row in rows.values() for block in row):
+
+            def answered(_: nn.Module, args: Any, output: Any, block: str = block) -> None:
+                outputs.append((block, output))
+
+            handles.append(self.model.get_submodule(block).register_forward_hook(answered))
+        try:
+            expected = run(self.model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        order = [block for block, _ in outputs]
+        for row, blocks in rows.items():
+            in_order = [block for block in order if block in blocks] == blocks
+            if in_order and self._answers_for_row(row, blocks, dict(outputs)[blocks[-1]], inputs, expected):
+                self.rows[row] = blocks
+            else:
+                order = [block for block in order if block not in blocks]
+        return calls, order
+
+    def _answers_for_row(
+        self, row: str, blocks: list[str], value: Any, inputs: Inputs, expected: Any
+    ) -> bool:
+        """Whether the model's output is the same where the last block's answer stands for those of its row."""
+        for block in blocks:
+            self.put_aside(block)
+        try:
+            with self.recalling({row: value}):
+                found = run(self.model, inputs)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            return False  # the answers of single blocks are used in another way
+        finally:
+            self.put_back()
+        pairs = list(zip(_tensors(expected), _tensors(found), strict=False))
+        return bool(pairs) and all(
+            a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4)
+            for a, b in pairs
+        )
+
+    def _plan(self, calls: list[_Call], names: set[str]) -> list[Stage]:
+        stages: list[Stage] = []
+        seen: set[str] = set()
+        previous: _Call | None = None
+        for call in calls:
+            if call.name in seen:
+                continue
+            seen.add(call.name)
+            block = next((b for b in self.order if call.name == b or call.name.startswith(f"{b}.")), None)
+            if not stages or stages[-1].block != block:
+                while block is not None and (todo := self._blocks_before(block, stages)):
+                    stages.append(Stage(todo[0]))
+                stages.append(Stage(block))
+                previous = None
+            same_input = previous is not None and previous.x is call.x
+            if same_input and not {call.name, stages[-1].groups[-1][-1]} & self.repeated:
+                stages[-1].groups[-1].append(call.name)
+            else:
+                stages[-1].groups.append([call.name])
+            previous = call
+        return stages
+
+    def _blocks_before(self, block: str, stages: list[Stage]) -> list[str]:
+        """Blocks without modules to round come between: they are run and put aside all the same."""
+        done = {stage.block for stage in stages}
+        return [b for b in self.order[: self.order.index(block)] if b not in done]
+
+
+def _rows_of(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
+    """The outermost `ModuleList`s and `Sequential`s with two or more children that hold modules to round."""
+    rows: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or name == "":
+            continue
+        if any(name.startswith(f"{outer}.") for outer in rows):
+            continue
+        blocks = [f"{name}.{child}" for child in module._modules]
+        holding = [b for b in blocks if any(n.startswith(f"{b}.") for n in names)]
+        if len(holding) > 1:
+            rows[name] = blocks
+    return rows
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)

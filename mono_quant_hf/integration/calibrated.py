@@ -1,0 +1,98 @@
+"""The part of `quantize_model` that asks for more than the nearest codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from mono_quant_hf.calibration import (
+    Compensation,
+    Sampling,
+    balance,
+    calibrate,
+    calibration_batches,
+    rounds_with_moments,
+)
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+
+from .replacement import replace_modules
+from .selection import Decision
+
+logger = logging.getLogger("mono_quant_hf")
+
+DATA_FREE = "data-free"
+
+
+def quantize_calibrated(
+    model: nn.Module,
+    decisions: Mapping[str, Decision],
+    tied: Iterable[Iterable[str]],
+    calibration: Any,
+    *,
+    tokenizer: Any,
+    sampling: Sampling | None,
+    compensation: Compensation | None,
+    resume_folder: str | os.PathLike[str] | None,
+    progress: bool,
+) -> tuple[nn.Module, set[str]]:
+    """Replace those modules whose codes calibration has a say in; the others are for the caller to quantize.
+
+    Args:
+        model: float.
+        decisions: `{name: decision}` of the modules to quantize.
+        tied: groups of names that share a weight, which get the codes of nearest rounding.
+        calibration, tokenizer, sampling, compensation, resume_folder, progress: as in `quantize_model`.
+
+    Returns:
+        the model, and the names of the modules that are done.
+    """
+    shared = {name for group in tied for name in group}
+    targets: dict[str, QuantizedModule] = {}
+    for name, decision in decisions.items():
+        module = model.get_submodule(name)
+        quantized_class = quantized_class_for(module)
+        assert quantized_class is not None
+        if decision.weights != "int8" or name in shared:
+            continue
+        target = quantized_class.empty_like(module, "int8", bool(decision.symmetric), name=name)
+        if rounds_with_moments(target):
+            targets[name] = target
+    if isinstance(calibration, str) and calibration == DATA_FREE:
+        for name, target in targets.items():
+            balance(model.get_submodule(name), target)
+            model = replace_modules(model, {name: _constant(target)})
+        return model, set(targets)
+    if "" in targets:
+        raise ValueError(
+            "A model that is a single layer has nothing to calibrate with: wrap it in another module."
+        )
+    batches = calibration_batches(model, calibration, tokenizer, sampling, progress)
+
+    def replace(name: str, target: QuantizedModule) -> None:
+        replace_modules(model, {name: _constant(target)})
+
+    missed = calibrate(
+        model,
+        targets,
+        batches,
+        compensation=compensation,
+        replace=replace,
+        resume_folder=resume_folder,
+        progress=progress,
+    )
+    if missed:
+        logger.warning(
+            "No calibration sample came by %d of %d modules, which were rounded without data: %s.",
+            len(missed),
+            len(targets),
+            ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else ""),
+        )
+    return model, set(targets)
+
+
+def _constant(module: nn.Module) -> Any:
+    return lambda _: module
