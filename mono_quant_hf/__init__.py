@@ -4,8 +4,13 @@ Importing the package registers `quant_method="mono_quant"` with transformers, s
 a float checkpoint and load a quantized one.
 """
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+# What loads this package without its import (autoload.py) makes room before the package registers itself.
+if (_autoload := sys.modules.get("mono_quant_hf_autoload")) is not None:
+    _autoload.disarm()
 
 from .config import MonoQuantConfig
 from .integration import MonoQuantHfQuantizer, quantize_model
