@@ -87,7 +87,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="mono-quant-hf-push-") as scratch:
         folder = Path(scratch)
         source = _gather(model, folder, tokenizer, processor, max_shard_size)
-        read_facts(folder)  # a mistake shows before anything is asked of the Hub
+        read_facts(folder if isinstance(model, PreTrainedModel) else model)  # a mistake shows before anything is asked of the Hub
         for plot in plots:
             if not Path(plot).is_file():
                 raise HubError(f"The plot {plot} is no file; name an image, or leave it out.")
@@ -163,7 +163,7 @@ def _gather(model: Any, folder: Path, tokenizer: Any, processor: Any, max_shard_
     return origin
 
 
-def _base_model(source: str, original: ModelCard | None, local: ModelCard | None) -> str | None:
+def _base_model(source: str, original: ModelCard | None, local: ModelCard | None) -> Any:
     """Hub id of the float model; that of a quantized one is in its card."""
     for card in (original, local):
         data = card.data.to_dict() if card is not None else {}

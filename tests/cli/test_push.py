@@ -22,12 +22,13 @@ def test_a_folder_goes_to_the_hub(hub, tmp_path, capsys):  # noqa: F811
 
 
 def test_a_mistake_is_one_line(hub, tmp_path, capsys):  # noqa: F811
-    tiny_models.llama().save_pretrained(tmp_path)
+    tiny_models.llama().save_pretrained(tmp_path / "float")
+    quantize_model(tiny_models.llama()).save_pretrained(tmp_path / "int8")
     capsys.readouterr()
     for arguments, said in [
         ([str(tmp_path / "none"), "me/tiny"], "is no folder"),
-        ([str(tmp_path), "me/tiny"], "is float, not quantized"),
-        ([str(tmp_path), "me/a/b"], "me/a/b"),
+        ([str(tmp_path / "float"), "me/tiny"], f"{tmp_path / 'float'} is float, not quantized"),
+        ([str(tmp_path / "int8"), "me/a/b"], "me/a/b"),
     ]:
         assert main(["push", *arguments]) == 2
         lines = capsys.readouterr().err.splitlines()
