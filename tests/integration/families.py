@@ -45,7 +45,8 @@ class Family:
         config: makes the config.
         inputs: keyword arguments of a forward.
         generates: whether to run `generate`; `generation` are its arguments in place of `inputs`.
-        left_in_float: why less than nine tenths of the parameters outside embeddings are quantized; empty if they are.
+        left_in_float: why less than nine tenths of the parameters outside embeddings are quantized, as the decision
+            on a module puts it; empty if they are.
     """
 
     name: str
@@ -62,9 +63,13 @@ class Family:
         model = self.model_class(self.config()).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                # Some classes leave parameters (of experts, say) uninitialized or all equal.
+                # Some classes leave parameters (of experts, say) uninitialized, or so small that nothing gets through.
                 if parameter.dim() > 1:
-                    parameter.normal_(0, 0.1)
+                    inputs = parameter[0].numel() if parameter.dim() != 3 else parameter.shape[-1]
+                    parameter.normal_(0, (1.5 / inputs) ** 0.5)
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.reset_parameters()
         model.tie_weights()
         return model
 
@@ -80,13 +85,17 @@ def _decoder(name: str, model_class: Any, config_class: Any, **changes: Any) -> 
 
 
 def _encoder(name: str, model_class: Any, config_class: Any, **changes: Any) -> Family:
-    config = {key: value for key, value in {**TEXT, "pad_token_id": 0, **changes}.items() if value is not None}
+    config = {
+        key: value for key, value in {**TEXT, "pad_token_id": 0, **changes}.items() if value is not None
+    }
     return Family(name, model_class, lambda: config_class(**config), {"input_ids": TOKENS})
 
 
 def _vision(name: str, model_class: Any, config_class: Any, left: str = "", **config: Any) -> Family:
     size = config.get("image_size", 32)
-    return Family(name, model_class, lambda: config_class(**config), {"pixel_values": images(size)}, left_in_float=left)
+    return Family(
+        name, model_class, lambda: config_class(**config), {"pixel_values": images(size)}, left_in_float=left
+    )
 
 
 def _whisper() -> Any:
@@ -128,10 +137,10 @@ def _wav2vec2() -> Any:
 
 
 def _two_towers(config_class: Any, text_class: Any) -> Any:
-    text = text_class(**{**TEXT, "num_hidden_layers": 1}, **SPECIAL)
+    text = text_class(**TEXT, **SPECIAL)
     return config_class(
         text_config=text.to_dict(),
-        vision_config={**VISION, "num_hidden_layers": 1},
+        vision_config=VISION,
         **({"projection_dim": 64} if config_class is hf.CLIPConfig else {}),
     )
 
@@ -171,7 +180,9 @@ def _qwen2_5_vl() -> Any:
 
 
 def _image_tokens(image_token: int, count: int) -> Tensor:
-    return torch.cat([TOKENS[:, :4].clamp(max=90), torch.full((2, count), image_token), TOKENS[:, 4:].clamp(max=90)], 1)
+    return torch.cat(
+        [TOKENS[:, :4].clamp(max=90), torch.full((2, count), image_token), TOKENS[:, 4:].clamp(max=90)], 1
+    )
 
 
 def _vision_encoder_decoder() -> Any:
@@ -210,7 +221,13 @@ FAMILIES = [
         "GPT-2",
         hf.GPT2LMHeadModel,
         lambda: hf.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1, **SPECIAL
+            vocab_size=VOCABULARY,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.1,
+            **SPECIAL,
         ),
         {"input_ids": TOKENS},
         generates=True,
@@ -227,20 +244,26 @@ FAMILIES = [
         init_std=0.1,
         word_embed_proj_dim=64,
     ),
-    _decoder("Falcon", hf.FalconForCausalLM, hf.FalconConfig, num_key_value_heads=None, intermediate_size=None),
+    _decoder(
+        "Falcon", hf.FalconForCausalLM, hf.FalconConfig, num_key_value_heads=None, intermediate_size=None
+    ),
     Family(
         "Mamba",
         hf.MambaForCausalLM,
         lambda: hf.MambaConfig(
-            vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8, time_step_rank=8, **SPECIAL
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            num_hidden_layers=2,
+            state_size=8,
+            time_step_rank=8,
+            **SPECIAL,
         ),
         {"input_ids": TOKENS},
         generates=True,
+        left_in_float="MambaMixer.forward reads its weight",
     ),
     _decoder("Mixtral", hf.MixtralForCausalLM, hf.MixtralConfig, num_local_experts=4),
-    _decoder(
-        "Qwen3-MoE", hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, head_dim=16, num_experts=4, **EXPERTS
-    ),
+    _decoder("Qwen3-MoE", hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, head_dim=16, num_experts=4, **EXPERTS),
     _decoder(
         "DeepSeek-V3",
         hf.DeepseekV3ForCausalLM,
@@ -313,6 +336,7 @@ FAMILIES = [
         _SEQ2SEQ_INPUTS,
         generates=True,
         generation={"input_ids": TOKENS},
+        left_in_float="the model keeps it in float32",
     ),
     Family(
         "BART",
@@ -356,11 +380,17 @@ FAMILIES = [
         hf.SiglipModel,
         lambda: _two_towers(hf.SiglipConfig, hf.SiglipTextConfig),
         {"input_ids": TOKENS, "pixel_values": images()},
+        left_in_float="no quantized form of MultiheadAttention",
     ),
     _vision("ViT", hf.ViTForImageClassification, hf.ViTConfig, **VISION),
     _vision("DINOv2", hf.Dinov2Model, hf.Dinov2Config, **VISION),
     _vision(
-        "ResNet", hf.ResNetForImageClassification, hf.ResNetConfig, embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2]
+        "ResNet",
+        hf.ResNetForImageClassification,
+        hf.ResNetConfig,
+        embedding_size=16,
+        hidden_sizes=[32, 64],
+        depths=[2, 2],
     ),
     _vision(
         "ConvNeXt",
@@ -375,10 +405,17 @@ FAMILIES = [
         "EfficientNet",
         hf.EfficientNetForImageClassification,
         hf.EfficientNetConfig,
-        image_size=64,
-        width_coefficient=0.5,
-        depth_coefficient=0.3,
-        hidden_dim=640,
+        image_size=32,
+        kernel_sizes=[3, 3],
+        in_channels=[32, 24],
+        out_channels=[24, 40],
+        depthwise_padding=[],
+        strides=[1, 2],
+        num_block_repeats=[1, 2],
+        expand_ratios=[1, 6],
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        hidden_dim=1280,
         num_labels=2,
     ),
     _vision(

@@ -65,7 +65,9 @@ def share_outside_embeddings(model: PreTrainedModel, decisions: list[Decision]) 
     Args:
         model: the float model.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
+    }
     head = model.get_output_embeddings()
     embeddings |= {id(p) for p in head.parameters()} if head is not None else set()
     total = {id(p): p.numel() for p in model.parameters() if id(p) not in embeddings}
@@ -75,5 +77,7 @@ def share_outside_embeddings(model: PreTrainedModel, decisions: list[Decision]) 
             module = model.get_submodule(decision.module)
             quantized_class = quantized_class_for(module)
             assert quantized_class is not None
-            quantized += sum(total.get(id(module.get_parameter(name)), 0) for name in quantized_class.weight_axes)
+            quantized += sum(
+                total.get(id(module.get_parameter(name)), 0) for name in quantized_class.weight_axes
+            )
     return quantized / sum(total.values())
