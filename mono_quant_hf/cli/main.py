@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mono_quant_hf import __version__
 
-from . import demo, evaluate, inspect, push
+from . import demo, evaluate, inspect, push, quantize, search
 from .errors import CommandError
 
 PROGRAM = "mono-quant-hf"
@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_command(commands)
     inspect.add_command(commands)
     push.add_command(commands)
+    quantize.add_command(commands)
+    search.add_command(commands)
     return top
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import CommandError
 
 
-def add_text_arguments(command: argparse.ArgumentParser, purpose: str, tokens: int) -> None:
+def add_text_arguments(command: argparse.ArgumentParser, purpose: str, tokens: int | None) -> None:
     """Add `--text-file`, `--dataset` and so on, and `--max-tokens` with its default."""
     text = command.add_argument_group(f"{purpose} (default: the help topics that ship with Python)")
     text.add_argument("--text-file", type=Path, metavar="FILE", help="a UTF-8 text file")
@@ -27,7 +27,7 @@ def add_text_arguments(command: argparse.ArgumentParser, purpose: str, tokens: i
         type=_count_or_all,
         default=tokens,
         metavar="N",
-        help="tokens to use from the start of the text, or 'all' (%(default)s)",
+        help=f"tokens to use from the start of the text, or 'all' ({tokens or 'all'})",
     )
 
 

@@ -7,6 +7,7 @@
 | the same, one model in memory at a time | `record_reference`, then `divergence` | `Reference` |
 | does a classifier still answer the same | `compare_classifiers` | `ClassifierComparison` |
 | what did it do to each module, and which cost most | `quantization_report` | `QuantizationReport` |
+| which modules should stay more exact, for a budget | `search_overrides` | `SearchResult` |
 | does an encoder still place its inputs in the same spot | `compare_encoders` | `EncoderComparison` |
 
 Every result is a frozen dataclass with a `to_dict()` that `json` can write.  Logarithms are natural.
@@ -24,6 +25,7 @@ from mono_quant_hf.evaluation.outputs import (
 )
 from mono_quant_hf.evaluation.reference import Reference, load_reference, record_reference
 from mono_quant_hf.evaluation.report import ModuleReport, QuantizationReport, quantization_report
+from mono_quant_hf.evaluation.search import SearchResult, search_overrides
 from mono_quant_hf.evaluation.windows import Window, sliding_windows
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "PerplexityResult",
     "QuantizationReport",
     "Reference",
+    "SearchResult",
     "Window",
     "classifier_logits",
     "compare_classifiers",
@@ -44,6 +47,7 @@ __all__ = [
     "perplexity",
     "quantization_report",
     "record_reference",
+    "search_overrides",
     "sliding_windows",
     "text_embeddings",
 ]

@@ -463,14 +463,15 @@ def _bytes_in_float(model: nn.Module, found: Mapping[str, QuantizedModule]) -> i
 # With inputs
 
 
-def _run(model: nn.Module, batch: Any) -> Any:
+def run_on(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a tensor, or a mapping of names to tensors."""
     device = input_device(model)
     if isinstance(batch, Tensor):
         return model(batch.to(device))
     return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
 
-def _answer(output: Any) -> tuple[Tensor, bool]:
+def answer_of(output: Any) -> tuple[Tensor, bool]:
     """What counts of an output as `[rows, values]`, and whether it is logits."""
     if isinstance(output, Tensor):
         return output.reshape(-1, output.shape[-1]), False
@@ -509,7 +510,7 @@ def _output_sqnr(
             handles.append(reference.get_submodule(name).register_forward_hook(compare, with_kwargs=True))
         with evaluating(reference):
             for batch in batches:
-                _run(reference, batch)
+                run_on(reference, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -529,29 +530,31 @@ def _contributions(
 ) -> tuple[str, float, dict[str, float]]:
     """The error of the output with all modules quantized, and with each alone."""
     with evaluating(reference):
-        expected = [_answer(_run(reference, batch)) for batch in batches]
+        expected = [answer_of(run_on(reference, batch)) for batch in batches]
         is_logits = expected[0][1]
 
         def error() -> float:
-            parts = [(e, _answer(_run(reference, b))[0]) for (e, _), b in zip(expected, batches, strict=True)]
+            parts = [
+                (e, answer_of(run_on(reference, b))[0]) for (e, _), b in zip(expected, batches, strict=True)
+            ]
             if is_logits:
                 return float(torch.cat([kl_divergence(e, got) for e, got in parts]).mean())
             exact = torch.cat([e.double().flatten() for e, _ in parts])
             got = torch.cat([g.double().flatten() for _, g in parts])
             return 10 ** (-sqnr(exact, got) / 20)
 
-        with _swapped(reference, found):
+        with swapped(reference, found):
             total = error()
         alone = {}
         for name, module in tqdm(found.items(), desc="contributions", unit="module", disable=not progress):
-            with _swapped(reference, {name: module}):
+            with swapped(reference, {name: module}):
                 alone[name] = error()
     what = "mean KL divergence per prediction, in nats" if is_logits else "relative error of the output"
     return what, total, alone
 
 
 @contextmanager
-def _swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """The model with these modules in the place of its own, which come back afterwards."""
     undo: list[tuple[nn.Module, str, nn.Module | None]] = []
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mono_quant_hf.evaluation.report import ModuleReport, QuantizationReport
+    from mono_quant_hf.evaluation.search import SearchResult
 
 OUTSIDE = "outside the layers"
 _COSTLIEST = 15
@@ -118,6 +119,39 @@ def draw_png(report: QuantizationReport, path: Path) -> None:
     for ax in below:
         ax.tick_params(labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def draw_frontier(result: SearchResult, path: Path) -> None:
+    """Size against KL divergence, predicted as a line and measured as points, the chosen one ringed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise ImportError("a PNG needs matplotlib: pip install mono-quant-hf[plots].") from missing
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    sizes = [point.bytes / 1e6 for point in result.frontier]
+    ax.plot(sizes, [point.predicted_kl for point in result.frontier], color="#9dbbe8", label="predicted")
+    measured = [(p.bytes / 1e6, p.measured_kl) for p in result.frontier if p.measured_kl is not None]
+    ax.plot(*zip(*measured, strict=True), "o", color="#1f5fbf", label="measured")
+    ax.plot([result.bytes / 1e6], [result.kl], "o", ms=13, mfc="none", mec="#d9772b", mew=2, label="chosen")
+    if result.settings.get("max_kl"):
+        ax.axhline(result.settings["max_kl"], color="#d9772b", linewidth=0.8, linestyle="--")
+    if result.settings.get("max_bytes"):
+        ax.axvline(result.settings["max_bytes"] / 1e6, color="#d9772b", linewidth=0.8, linestyle="--")
+    positive = [p.predicted_kl for p in result.frontier if p.predicted_kl > 0]
+    if positive:
+        ax.set_yscale("symlog", linthresh=max(min(positive), max(positive) * 1e-4))
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("parameters of the model, MB")
+    ax.set_ylabel("mean KL divergence, nats")
+    ax.set_title("int8, float16 or float, module by module", loc="left", fontsize=11)
+    ax.grid(color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 

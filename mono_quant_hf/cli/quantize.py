@@ -1,0 +1,120 @@
+"""`mono-quant-hf quantize`: a float model in, a quantized model out."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+from mono_quant_hf import MonoQuantConfig, quantize_model
+from mono_quant_hf.calibration import Sampling
+from mono_quant_hf.config import WEIGHT_TYPES
+
+from .errors import CommandError
+from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .texts import add_text_arguments, load_text
+
+CALIBRATIONS = ("text", "self", "data-free")
+
+DESCRIPTION = """\
+Quantize a float model and save it. By default while it loads, every weight to its nearest code; with
+--calibration in memory, by codes that keep the outputs of the layers (the format is the same):
+  text       on a text of yours, best of the kind that the model is used on;
+  self       on text that the model writes itself, where there is none;
+  data-free  without running the model at all.
+"""
+EPILOG = """\
+examples:
+  mono-quant-hf quantize ./model ./model-int8
+  mono-quant-hf quantize ./model ./model-int8 --calibration text --text-file book.txt
+  mono-quant-hf quantize ./model ./model-int8 --calibration self --resume ./kept
+"""
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `quantize` to the subcommands."""
+    command = commands.add_parser(
+        "quantize",
+        help="quantize a float model and save it, with calibration if asked",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("model", help="the float model: a folder or a name on the Hub")
+    command.add_argument("output", type=Path, help="folder for the quantized model; new, or empty")
+    command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="storage of weights (int8)")
+    command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
+    command.add_argument(
+        "--skip",
+        action="append",
+        metavar="NAME",
+        help="a module to leave in float; may be given several times",
+    )
+    command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the rest (auto)")
+    command.add_argument("--calibration", choices=CALIBRATIONS, help="choose codes by what the layers do")
+    command.add_argument("--samples", type=int, default=128, metavar="N", help="rows of text (128)")
+    command.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a row (512)")
+    command.add_argument("--seed", type=int, default=0, help="of the text that the model writes (0)")
+    command.add_argument(
+        "--resume", type=Path, metavar="DIR", help="keep finished layers here, and go on from them"
+    )
+    add_text_arguments(command, "text for --calibration text", None)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Quantize and save."""
+    output = arguments.output
+    check_output_files(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CommandError(f"{output} is there already; name a new folder, or remove it first.")
+    if is_quantized(config_of(arguments.model)):
+        raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
+    if arguments.weights != "int8" and (arguments.symmetric or arguments.calibration):
+        raise CommandError(
+            f"--symmetric and --calibration are for int8, not for --weights {arguments.weights}."
+        )
+    if arguments.calibration != "text" and (arguments.text_file or arguments.dataset):
+        raise CommandError("a text is for --calibration text; add that, or leave the text out.")
+    try:
+        config = MonoQuantConfig(
+            weights=arguments.weights, symmetric=arguments.symmetric, modules_to_not_convert=arguments.skip
+        )
+        model = _calibrated(arguments, config) if arguments.calibration else None
+    except (ValueError, TypeError) as problem:
+        raise CommandError(" ".join(str(problem).split())) from problem
+    if model is None:
+        model = load_model(arguments.model, config, arguments.dtype)
+    model.save_pretrained(output)
+    for processor in (AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor):
+        try:
+            found = processor.from_pretrained(arguments.model)
+        except (OSError, ValueError, KeyError):  # a model has the one or the other
+            continue
+        found.save_pretrained(output)
+    weights = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    print(f"{arguments.model} is quantized and saved to {output}: {weights / 1e6:,.1f} MB.")
+    return 0
+
+
+def _calibrated(arguments: argparse.Namespace, config: MonoQuantConfig) -> Any:
+    model = load_model(arguments.model, dtype=arguments.dtype)
+    calibration: Any = arguments.calibration
+    tokenizer = None
+    if calibration == "text":
+        _, text = load_text(arguments)
+        calibration = [text] if isinstance(text, str) else text
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    sampling = Sampling(
+        samples=arguments.samples, length=arguments.length, column=arguments.column, seed=arguments.seed
+    )
+    return quantize_model(
+        model,
+        config,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        sampling=sampling,
+        resume_folder=arguments.resume,
+        progress=sys.stderr.isatty(),
+    )

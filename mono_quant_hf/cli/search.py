@@ -1,0 +1,111 @@
+"""`mono-quant-hf search`: int8, float16 or float for each module, for a budget in bytes or in KL divergence."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from mono_quant_hf import MonoQuantConfig, quantize_model
+from mono_quant_hf.evaluation import search_overrides
+
+from .errors import CommandError
+from .inspect import text_batches
+from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .texts import add_text_arguments
+
+DESCRIPTION = """\
+Choose int8, float16 or float for each module of a float model: the most exact model within a size, or the
+smallest within a mean KL divergence from the float model. Measures what each module costs alone, shows the
+frontier between all in int8 and all in float, and prints the module_overrides to use.
+"""
+EPILOG = """\
+examples:
+  mono-quant-hf search ./model --max-size 200MB
+  mono-quant-hf search ./model --max-kl 0.001 --save ./model-mixed --png frontier.png
+"""
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `search` to the subcommands."""
+    command = commands.add_parser(
+        "search",
+        help="choose int8, float16 or float for each module, for a budget",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("model", help="a float language model: a folder or a name on the Hub")
+    budget = command.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--max-size", type=_bytes, metavar="SIZE", help="for all parameters, such as 150MB")
+    budget.add_argument(
+        "--max-kl", type=float, metavar="NATS", help="mean KL divergence from the float model"
+    )
+    command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
+    command.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="of the float model (auto)"
+    )
+    command.add_argument("--save", type=Path, metavar="DIR", help="save the model that was chosen here")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
+    command.add_argument(
+        "--png", type=Path, metavar="FILE", help="draw the frontier to FILE (needs matplotlib)"
+    )
+    add_text_arguments(command, "text to measure on", 512)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search and show; 1 where the budget cannot be met."""
+    check_output_files(arguments.json, arguments.png, arguments.save)
+    if is_quantized(config_of(arguments.model)):
+        raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
+    model = load_model(arguments.model, dtype=arguments.dtype)
+    batches = text_batches(arguments, model)
+    try:
+        result = search_overrides(
+            model,
+            batches,
+            max_bytes=arguments.max_size,
+            max_kl=arguments.max_kl,
+            config=MonoQuantConfig(symmetric=arguments.symmetric),
+            progress=sys.stderr.isatty(),
+        )
+    except (ValueError, TypeError) as problem:
+        raise CommandError(str(problem)) from problem
+    print(result.table())
+    print(
+        f"\n{result.bytes / 1e6:,.2f} MB of {result.float_bytes / 1e6:,.2f} MB in float, mean KL divergence "
+        f"{result.kl:.3g} nats (measured)."
+    )
+    print(f"\nMonoQuantConfig(symmetric={arguments.symmetric}, module_overrides=")
+    print(json.dumps(result.module_overrides, indent=2) + ")")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if arguments.png:
+        try:
+            result.to_png(arguments.png)
+        except ImportError as problem:
+            raise CommandError(str(problem)) from problem
+    if arguments.save:
+        config = MonoQuantConfig(
+            symmetric=arguments.symmetric, module_overrides=result.module_overrides or None
+        )
+        quantized: Any = quantize_model(model, config)
+        quantized.save_pretrained(arguments.save)
+        AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.save)
+        print(f"\nSaved to {arguments.save}.")
+    if not result.met:
+        print("The budget cannot be met; the nearest model is shown.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _bytes(value: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+    if not match or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{value!r} is no size; write it as 150MB, 1.5GB or 120MiB")
+    return round(float(match[1]) * _UNITS[match[2]])
