@@ -34,7 +34,7 @@ _GENERAL_PACKAGES = (
 
 @dataclass(frozen=True)
 class WeightRead:
-    """One place where a method of a class reads the weight of a submodule.
+    """One place where a method of a class reads the weight of a submodule, in a line of its file.
 
     `path` leads from the instance to the submodule, with `ANY_CHILD` for an index known only at run time.
     """
@@ -43,6 +43,7 @@ class WeightRead:
     method: str
     reads_dtype: bool
     handles_int8: bool
+    line: int
 
     def reason(self, class_name: str) -> str:
         what = "the dtype of its weight" if self.reads_dtype else "its weight"
@@ -67,6 +68,11 @@ def modules_whose_weight_is_read(model: nn.Module, weights: str) -> dict[str, st
     return found
 
 
+def reads_in_source(source: str) -> dict[str, tuple[WeightRead, ...]]:
+    """What the classes of a file read of the weights of their submodules, by qualified class name."""
+    return {name: tuple(_reads_of_methods(cls)) for name, cls in _definitions_in(ast.parse(source)).items()}
+
+
 def _resolve(module: nn.Module, path: tuple[str, ...]) -> Iterator[str]:
     """Names of the submodules that a path leads to; none if the path is no submodule of this instance."""
     if not path:
@@ -87,10 +93,15 @@ def _reads_of_class(cls: type[nn.Module]) -> tuple[WeightRead, ...]:
         if base is object or f"{base.__module__}.".startswith(_GENERAL_PACKAGES):
             continue
         definition = _class_definitions(base.__module__).get(base.__qualname__)
-        for method in definition.body if definition is not None else ():
-            if isinstance(method, ast.FunctionDef) and not method.name.startswith(_SET_UP_METHODS):
-                reads += _reads_of_method(method)
+        if definition is not None:
+            reads += _reads_of_methods(definition)
     return tuple(reads)
+
+
+def _reads_of_methods(definition: ast.ClassDef) -> Iterator[WeightRead]:
+    for method in definition.body:
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith(_SET_UP_METHODS):
+            yield from _reads_of_method(method)
 
 
 @functools.lru_cache(maxsize=512)
@@ -100,6 +111,10 @@ def _class_definitions(module_name: str) -> dict[str, ast.ClassDef]:
         tree = ast.parse(inspect.getsource(sys.modules[module_name]))
     except (KeyError, OSError, TypeError, SyntaxError):
         return {}
+    return _definitions_in(tree)
+
+
+def _definitions_in(tree: ast.Module) -> dict[str, ast.ClassDef]:
     found: dict[str, ast.ClassDef] = {}
 
     def collect(node: ast.AST, prefix: str) -> None:
@@ -131,7 +146,8 @@ def _reads_of_method(method: ast.FunctionDef) -> Iterator[WeightRead]:
         if isinstance(user, ast.Call) and isinstance(user.func, ast.Name) and user.func.id in _HARMLESS_CALLS:
             continue
         reads_dtype = isinstance(user, ast.Attribute) and user.attr == "dtype"
-        yield WeightRead(path, method.name, reads_dtype, reads_dtype and _excepts_int8(method, path, aliases))
+        handles_int8 = reads_dtype and _excepts_int8(method, path, aliases)
+        yield WeightRead(path, method.name, reads_dtype, handles_int8, node.lineno)
 
 
 def _aliases(method: ast.FunctionDef) -> dict[str, tuple[str, ...]]:
