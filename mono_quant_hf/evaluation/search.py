@@ -21,7 +21,7 @@ from mono_quant_hf.evaluation.report import answer_of, run_on, swapped
 from mono_quant_hf.evaluation.results import Result
 from mono_quant_hf.evaluation.scoring import evaluating
 from mono_quant_hf.integration.selection import decide
-from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+from mono_quant_hf.modules import quantized_class_for
 
 INT8, FLOAT16, FLOAT = "int8", "float16", "float"
 
