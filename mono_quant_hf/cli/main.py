@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mono_quant_hf import __version__
 
-from . import demo, evaluate, inspect, push, quantize, search
+from . import demo, evaluate, export, inspect, push, quantize, search
 from .errors import CommandError
 
 PROGRAM = "mono-quant-hf"
@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_command(commands)
     evaluate.add_command(commands)
+    export.add_command(commands)
     inspect.add_command(commands)
     push.add_command(commands)
     quantize.add_command(commands)

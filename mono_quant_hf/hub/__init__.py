@@ -2,7 +2,20 @@
 
 from .card import model_card
 from .errors import HubError
+from .export import export
+from .export_bitsandbytes import export_bitsandbytes
+from .export_compressed_tensors import export_compressed_tensors
+from .export_gguf import export_gguf
 from .measurements import Evaluation
 from .push import push_to_hub
 
-__all__ = ["Evaluation", "HubError", "model_card", "push_to_hub"]
+__all__ = [
+    "Evaluation",
+    "HubError",
+    "export",
+    "export_bitsandbytes",
+    "export_compressed_tensors",
+    "export_gguf",
+    "model_card",
+    "push_to_hub",
+]

@@ -87,7 +87,9 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="mono-quant-hf-push-") as scratch:
         folder = Path(scratch)
         source = _gather(model, folder, tokenizer, processor, max_shard_size)
-        read_facts(folder if isinstance(model, PreTrainedModel) else model)  # a mistake shows before anything is asked of the Hub
+        read_facts(
+            folder if isinstance(model, PreTrainedModel) else model
+        )  # a mistake shows before anything is asked of the Hub
         for plot in plots:
             if not Path(plot).is_file():
                 raise HubError(f"The plot {plot} is no file; name an image, or leave it out.")

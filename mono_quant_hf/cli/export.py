@@ -1,0 +1,68 @@
+"""`mono-quant-hf export`: a quantized model in the format of another engine."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from mono_quant_hf.hub import HubError, export
+from mono_quant_hf.hub.export import FORMATS
+
+from .errors import CommandError
+
+DESCRIPTION = """\
+Write a model quantized by mono_quant_hf so that other engines load it:
+
+  compressed-tensors  vLLM, SGLang and transformers; the same codes and scales
+  bitsandbytes        transformers with bitsandbytes (LLM.int8); symmetric weights only
+  gguf                llama.cpp, as Q8_0; models of type llama, mistral, qwen2 and qwen3
+
+What a format has no form for is written in float, and said.
+"""
+EPILOG = """\
+examples:
+  mono-quant-hf export model-int8 model-ct --format compressed-tensors
+  mono-quant-hf export model-int8 model-w8a8 --format compressed-tensors --activations int8
+  mono-quant-hf export me/model-int8 model.gguf --format gguf
+"""
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `export` to the subcommands."""
+    command = commands.add_parser(
+        "export",
+        help="write a quantized model for vLLM, SGLang, bitsandbytes or llama.cpp",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", metavar="SRC", help="folder, or name on the Hub, of a quantized model")
+    command.add_argument("destination", type=Path, metavar="DST", help="new folder; for gguf a file")
+    command.add_argument("--format", choices=FORMATS, required=True, help="of the export")
+    command.add_argument(
+        "--activations",
+        choices=["int8"],
+        help="compressed-tensors: int8 activations, quantized while it runs",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export; the exit code is 0, or a CommandError says why not."""
+    if arguments.activations and arguments.format != "compressed-tensors":
+        raise CommandError("--activations is for --format compressed-tensors; leave it out.")
+    options = {"activations": arguments.activations} if arguments.activations else {}
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    try:
+        export(
+            arguments.source,
+            arguments.destination,
+            arguments.format,
+            overwrite=arguments.overwrite,
+            **options,
+        )
+    except (HubError, ValueError, OSError) as problem:
+        raise CommandError(str(problem)) from problem
+    print(arguments.destination)
+    return 0

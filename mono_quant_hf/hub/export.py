@@ -1,0 +1,47 @@
+"""One way to all the formats of other engines."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .errors import HubError
+from .export_bitsandbytes import export_bitsandbytes
+from .export_compressed_tensors import export_compressed_tensors
+from .export_gguf import export_gguf
+
+FORMATS = ("compressed-tensors", "bitsandbytes", "gguf")
+
+
+def export(
+    model: PreTrainedModel | str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    format: str,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Write a model quantized by mono_quant_hf for another engine.
+
+    Args:
+        model: the model, or its folder or name on the Hub.
+        destination: a folder; for `"gguf"` a file.
+        format: `"compressed-tensors"` (vLLM, SGLang, transformers), `"bitsandbytes"` or `"gguf"` (llama.cpp).
+        tokenizer: saved along; a folder brings its own.
+        overwrite: replace what is at the destination.
+        options: those of `export_compressed_tensors`, `export_bitsandbytes` or `export_gguf`.
+
+    Raises:
+        HubError: the format is unknown, or as the function of the format.
+    """
+    exporters: dict[str, Any] = {
+        "compressed-tensors": export_compressed_tensors,
+        "bitsandbytes": export_bitsandbytes,
+        "gguf": export_gguf,
+    }
+    if format not in exporters:
+        raise HubError(f"There is no export to {format!r}; choose one of {', '.join(FORMATS)}.")
+    exporters[format](model, destination, tokenizer=tokenizer, overwrite=overwrite, **options)

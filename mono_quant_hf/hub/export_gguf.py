@@ -1,0 +1,272 @@
+"""GGUF, the format of llama.cpp, with Q8_0 weights: blocks of 32 codes in a row with a float16 scale each.
+
+Of symmetric int8 weights the codes are kept, and every block of a row gets the row's scale, rounded to float16. What
+that costs is at most 2^-11 of a weight, a small part of the half step that rounding to codes costs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
+
+from .errors import HubError
+from .exporting import load_quantized
+
+logger = logging.getLogger("mono_quant_hf")
+
+ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+"""`model_type` of transformers to the architecture's name in `gguf.MODEL_ARCH`."""
+_ROTATED_IN_PAIRS = ("LLAMA",)
+"""Architectures for which llama.cpp rotates neighbours, so that the rows of queries and keys are reordered."""
+BLOCK = 32
+LARGEST_SCALE_ERROR = 2.0**-10
+"""Relative; float16 is worse only for scales below 2^-14, in its subnormal range."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor as GGUF holds it: an array, and the name of its type in `gguf.GGMLQuantizationType` if not float."""
+
+    array: np.ndarray
+    kind: str | None = None
+
+
+def export_gguf(
+    model: PreTrainedModel | str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a language model quantized by mono_quant_hf as a GGUF file that llama.cpp and transformers load.
+
+    Symmetric int8 Linears become Q8_0 with the same codes. With zero-points, for which Q8_0 has no place, they are
+    rounded once more, with a notice. All else is float.
+
+    Args:
+        model: the model, or its folder or name on the Hub.
+        destination: a file that ends in .gguf, written whole or not at all.
+        tokenizer: written into the file if it is a byte-level BPE, as of Llama 3, Qwen and SmolLM; that of the
+            model's folder if None.
+        overwrite: replace a file that is there.
+
+    Raises:
+        HubError: the model is not quantized by mono_quant_hf, is of another architecture or has rotary embeddings
+            that cannot be written; the destination is taken; or the package gguf is missing.
+    """
+    try:
+        import gguf
+    except ImportError as problem:
+        raise HubError("Writing GGUF needs the package gguf: pip install 'mono-quant-hf[gguf]'.") from problem
+
+    target = Path(destination)
+    if target.suffix != ".gguf":
+        raise HubError(f"{target} is no name for a GGUF file; give one that ends in .gguf.")
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise HubError(
+            f"{target} is there already; name a new file, or allow it to be replaced (--overwrite)."
+        )
+    source: Path | None = None
+    if not isinstance(model, PreTrainedModel):
+        model, source = load_quantized(model)
+    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise HubError(f"{type(model).__name__} is not quantized by mono_quant_hf; quantize it first.")
+    name = ARCHITECTURES.get(model.config.model_type)
+    if name is None or not type(model).__name__.endswith("ForCausalLM"):
+        known = ", ".join(ARCHITECTURES)
+        raise HubError(
+            f"{type(model).__name__} cannot be written as GGUF; causal models of type {known} can."
+        )
+    rope: Any = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise HubError(
+            f"The model has rotary embeddings of type {rope['rope_type']!r}, which this export cannot write; "
+            "export to compressed-tensors instead."
+        )
+    architecture = gguf.MODEL_ARCH[name]
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        file = Path(scratch) / "model.gguf"
+        writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
+        _add_config(writer, model.config, rope, target.stem, gguf)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(Path(scratch) / "tokenizer")
+            _add_tokenizer(writer, Path(scratch) / "tokenizer", model.config, gguf)
+        elif source is not None:
+            _add_tokenizer(writer, source, model.config, gguf)
+        else:
+            writer.add_tokenizer_model("none")
+        _add_tensors(writer, model, architecture, name in _ROTATED_IN_PAIRS, gguf)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        file.replace(target)
+
+
+def _add_config(writer: Any, config: Any, rope: dict[str, Any], name: str, gguf: Any) -> None:
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_name(name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_tensors(writer: Any, model: PreTrainedModel, architecture: Any, permuted: bool, gguf: Any) -> None:
+    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    modules = dict(model.named_modules())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    rounded_again = []
+    for key, tensor in model.state_dict().items():
+        owner, _, parameter = key.rpartition(".")
+        module = modules[owner]
+        if tensor.is_meta:
+            raise HubError("The model is offloaded; load it without a device_map to export it.")
+        if key in tied or key.endswith("rotary_emb.inv_freq"):
+            continue
+        if (
+            isinstance(module, QuantizedModule)
+            and parameter in module.storage_names()
+            and parameter != "weight"
+        ):
+            continue
+        new = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise HubError(f"{key} has no name in GGUF, so the model cannot be written.")
+        heads = _heads_to_reorder(key, model.config) if permuted else None
+        if isinstance(module, QuantizedModule) and parameter == "weight":
+            entry, again = _quantized(module, heads, gguf)
+            rounded_again += [owner] if again else []
+        else:
+            entry = _float(_reordered(tensor, heads), gguf)
+        kind = None if entry.kind is None else gguf.GGMLQuantizationType[entry.kind]
+        writer.add_tensor(new, entry.array, raw_dtype=kind)
+    if rounded_again:
+        logger.warning(
+            "%d modules, such as %s, have zero-points, for which Q8_0 has no place: their weights were rounded once "
+            "more, in blocks of %d. Quantize with MonoQuantConfig(symmetric=True) to keep the codes.",
+            len(rounded_again),
+            rounded_again[0],
+            BLOCK,
+        )
+
+
+def _quantized(module: QuantizedModule, heads: int | None, gguf: Any) -> tuple[_Entry, bool]:
+    """The weight of a quantized module, and whether it was rounded once more."""
+    stored = module.get_parameter("weight").detach()
+    fits = isinstance(module, QuantizedLinear) and module.weights == "int8" and stored.shape[1] % BLOCK == 0
+    if not fits:
+        dtype = torch.float16 if module.weights == "float16" else torch.float32
+        return _float(_reordered(module.dequantized("weight", dtype), heads), gguf), False
+    if not module.symmetric:
+        weight = _reordered(module.dequantized("weight"), heads).cpu().numpy()
+        return _Entry(gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0), "Q8_0"), True
+    scale = module.get_parameter("weight_scale").detach()
+    half = scale.half()
+    error = ((half.float() - scale).abs() / scale)[stored.bool().any(dim=1)]  # rows of zeros need no scale
+    if bool((error > LARGEST_SCALE_ERROR).any()):
+        return _float(_reordered(module.dequantized("weight"), heads), gguf), False
+    return _Entry(q8_0(_reordered(stored, heads), _reordered(half, heads)), "Q8_0"), False
+
+
+def q8_0(codes: Tensor, scale: Tensor) -> np.ndarray:
+    """Q8_0 of int8 codes [out, in] with float16 scales [out, 1]: uint8 [out, in / 32 * 34].
+
+    Example:
+        >>> q8_0(torch.ones(1, 32, dtype=torch.int8), torch.tensor([[0.5]]).half())[0, :4].tolist()
+        [0, 56, 1, 1]
+    """
+    rows, columns = codes.shape
+    blocks = codes.cpu().reshape(rows, columns // BLOCK, BLOCK).numpy().view(np.uint8)
+    scales = (
+        scale.cpu().reshape(rows, 1, 1).expand(-1, columns // BLOCK, 1).contiguous().numpy().view(np.uint8)
+    )
+    return np.concatenate([scales, blocks], axis=2).reshape(rows, -1)
+
+
+def _float(tensor: Tensor, gguf: Any) -> _Entry:
+    """Norms and biases in float32, as llama.cpp wants them; all else in its own dtype."""
+    tensor = tensor.detach().cpu()
+    if tensor.dim() > 1 and tensor.dtype is torch.float16:
+        return _Entry(tensor.numpy())
+    if tensor.dim() > 1 and tensor.dtype is torch.bfloat16:
+        return _Entry(tensor.contiguous().view(torch.uint8).numpy(), "BF16")
+    return _Entry(tensor.float().numpy())
+
+
+def _heads_to_reorder(key: str, config: Any) -> int | None:
+    if ".q_proj." in key:
+        return int(config.num_attention_heads)
+    if ".k_proj." in key:
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return None
+
+
+def _reordered(tensor: Tensor, heads: int | None) -> Tensor:
+    """Rows of each head from halves (first all even, then all odd) to neighbours, which llama.cpp rotates."""
+    if heads is None:
+        return tensor
+    rows = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return rows.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _add_tokenizer(writer: Any, folder: Path, config: Any, gguf: Any) -> None:
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if data.get("model", {}).get("type") != "BPE" or "ByteLevel" not in json.dumps(data.get("pre_tokenizer")):
+        logger.warning(
+            "The tokenizer in %s is no byte-level BPE, so it is not in the GGUF file; keep its files beside it.",
+            folder,
+        )
+        writer.add_tokenizer_model("none")
+        return
+    tokens: list[str] = [f"[PAD{n}]" for n in range(config.vocab_size)]
+    types = [gguf.TokenType.UNUSED] * config.vocab_size
+    for token, number in data["model"]["vocab"].items():
+        tokens[number], types[number] = token, gguf.TokenType.NORMAL
+    for added in data.get("added_tokens", []):
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_tokenizer(data, config.model_type))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _pre_tokenizer(data: dict[str, Any], model_type: str) -> str:
+    """llama.cpp's name of the way in which a text is split before the merges."""
+    steps = json.dumps(data.get("pre_tokenizer"))
+    if model_type.startswith("qwen"):
+        return "qwen2"
+    if '"Digits"' in steps and '"individual_digits": true' in steps:
+        return "smollm"
+    if "{1,3}" in steps:
+        return "llama-bpe"
+    logger.warning("llama.cpp's name of this tokenizer's pre-tokenizer is not known; 'default' is written.")
+    return "default"
