@@ -74,6 +74,11 @@ class MonoQuantHfQuantizer(HfQuantizer):
         device_map: Any = None,
         **kwargs: Any,
     ) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "A mono_quant model cannot be split by tensor parallelism (tp_plan, distributed_config); load it with a "
+                "device_map, or export it to compressed-tensors for an engine that splits it."
+            )
         if isinstance(device_map, dict):
             keep_tied_together(model, device_map)
         decisions = decide(model, self.quantization_config, dtype)
@@ -228,6 +233,14 @@ class MonoQuantHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """Adapters can be trained on top; the codes themselves have no gradient."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether `Trainer` takes the model without adapters, which it must to evaluate it.
+
+        Training then moves what is in float (norms, biases, embeddings, a new head); codes and scales stay.
+        """
         return True
 
     @property
