@@ -10,6 +10,8 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.calibration import Sampling
 from mono_quant_hf.config import WEIGHT_TYPES
+from mono_quant_hf.hub import HubError, quantize_checkpoint
+from mono_quant_hf.hub.folders import check_destination, written_beside
 
 from .errors import CommandError
 from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
@@ -18,15 +20,18 @@ from .texts import add_text_arguments, load_text
 CALIBRATIONS = ("text", "self", "data-free")
 
 DESCRIPTION = """\
-Quantize a float model and save it. By default while it loads, every weight to its nearest code; with
+Quantize a model and save it with a model card. By default while it loads, every weight to its nearest code; with
 --calibration in memory, by codes that keep the outputs of the layers (the format is the same):
   text       on a text of yours, best of the kind that the model is used on;
   self       on text that the model writes itself, where there is none;
   data-free  without running the model at all.
+The model may also be a GGUF file, or int8 of compressed-tensors or bitsandbytes; int8 codes with a scale for each
+channel are taken over as they are, all else is rounded a second time.
 """
 EPILOG = """\
 examples:
   mono-quant-hf quantize ./model ./model-int8
+  mono-quant-hf quantize model.gguf ./model-int8 --symmetric
   mono-quant-hf quantize ./model ./model-int8 --calibration text --text-file book.txt
   mono-quant-hf quantize ./model ./model-int8 --calibration self --resume ./kept
 """
@@ -41,8 +46,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("model", help="the float model: a folder or a name on the Hub")
+    command.add_argument("model", help="a folder, a name on the Hub, or a GGUF file")
     command.add_argument("output", type=Path, help="folder for the quantized model; new, or empty")
+    command.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
     command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="storage of weights (int8)")
     command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
     command.add_argument(
@@ -67,9 +73,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Quantize and save."""
     output = arguments.output
     check_output_files(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CommandError(f"{output} is there already; name a new folder, or remove it first.")
-    if is_quantized(config_of(arguments.model)):
+    try:
+        check_destination(output, arguments.overwrite)
+    except HubError as problem:
+        raise CommandError(str(problem)) from problem
+    if (
+        not arguments.model.endswith(".gguf")
+        and is_quantized(config_of(arguments.model))
+        and arguments.calibration
+    ):
         raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
     if arguments.weights != "int8" and (arguments.symmetric or arguments.calibration):
         raise CommandError(
@@ -81,21 +93,31 @@ def run(arguments: argparse.Namespace) -> int:
         config = MonoQuantConfig(
             weights=arguments.weights, symmetric=arguments.symmetric, modules_to_not_convert=arguments.skip
         )
-        model = _calibrated(arguments, config) if arguments.calibration else None
-    except (ValueError, TypeError) as problem:
+        how = "calibrated"
+        if arguments.calibration:
+            _save(_calibrated(arguments, config), arguments)
+        else:
+            dtype = DTYPES.get(arguments.dtype, "auto")
+            how = quantize_checkpoint(
+                arguments.model, output, config, dtype=dtype, overwrite=arguments.overwrite
+            )
+    except (HubError, ValueError, TypeError, OSError) as problem:
         raise CommandError(" ".join(str(problem).split())) from problem
-    if model is None:
-        model = load_model(arguments.model, config, arguments.dtype)
-    model.save_pretrained(output)
-    for processor in (AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor):
-        try:
-            found = processor.from_pretrained(arguments.model)
-        except (OSError, ValueError, KeyError):  # a model has the one or the other
-            continue
-        found.save_pretrained(output)
     weights = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    print(f"{arguments.model} is quantized and saved to {output}: {weights / 1e6:,.1f} MB.")
+    print(f"{arguments.model} is quantized and saved to {output}: {weights / 1e6:,.1f} MB, {how}.")
     return 0
+
+
+def _save(model: Any, arguments: argparse.Namespace) -> None:
+    """The model and what prepares its inputs, whole or not at all."""
+    with written_beside(arguments.output, arguments.overwrite) as folder:
+        model.save_pretrained(folder)
+        for processor in (AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor):
+            try:
+                found = processor.from_pretrained(arguments.model)
+            except (OSError, ValueError, KeyError):  # a model has the one or the other
+                continue
+            found.save_pretrained(folder)
 
 
 def _calibrated(arguments: argparse.Namespace, config: MonoQuantConfig) -> Any:

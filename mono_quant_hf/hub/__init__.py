@@ -6,6 +6,7 @@ from .export import export
 from .export_bitsandbytes import export_bitsandbytes
 from .export_compressed_tensors import export_compressed_tensors
 from .export_gguf import export_gguf
+from .importing import quantize_checkpoint
 from .measurements import Evaluation
 from .push import push_to_hub
 
@@ -18,4 +19,5 @@ __all__ = [
     "export_gguf",
     "model_card",
     "push_to_hub",
+    "quantize_checkpoint",
 ]

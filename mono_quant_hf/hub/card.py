@@ -162,7 +162,7 @@ def _settings(config: MonoQuantConfig) -> str:
     parts = ["weights=" + repr(config.weights)]
     for name in FIELDS:
         value = getattr(config, name)
-        if name not in ("weights", "format_version") and value != getattr(default, name):
+        if name not in ("weights", "checksums", "format_version") and value != getattr(default, name):
             parts.append(f"{name}={value!r}")
     return f"MonoQuantConfig({', '.join(parts)})"
 

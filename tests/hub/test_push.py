@@ -105,6 +105,7 @@ def test_a_second_push_uploads_only_what_changed(hub, model):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight_scale.mul_(2)
     push_to_hub(model, REPO, tokenizer=make_tokenizer(), max_shard_size="15kB")
+    assert len(hub.uploads) == len(first) + 1
     again = AutoModelForCausalLM.from_pretrained(REPO)
     assert torch.equal(tiny_models.logits(again), tiny_models.logits(model))
 

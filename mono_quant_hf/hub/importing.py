@@ -1,0 +1,317 @@
+"""Any checkpoint in, a quantized one out: float, GGUF, and the int8 of compressed-tensors and bitsandbytes.
+
+int8 codes with a scale per output channel, or per tensor, are taken over as they are. What has another form (groups,
+4 bits, float8, the blocks of GGUF) is made float first and rounded anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
+from transformers.pytorch_utils import Conv1D
+
+from mono_quant_hf.config import FIELDS, QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.integration.checkpoint import read_headers
+from mono_quant_hf.integration.selection import aliases_of
+
+from .card import is_hub_id, load_card, model_card
+from .errors import HubError
+from .export_bitsandbytes import ROW_MAJOR
+from .export_compressed_tensors import unpack
+from .facts import model_class_of, quantization_of, skeleton_of
+from .folders import check_destination, copy_companions, weight_files, written_beside
+from .sources import local_folder
+
+logger = logging.getLogger("mono_quant_hf")
+
+Load = Callable[[str], Tensor]
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    config: MonoQuantConfig | None = None,
+    *,
+    revision: str | None = None,
+    dtype: Any = "auto",
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> str:
+    """Write a checkpoint quantized by mono_quant_hf, with its tokenizer or processor and a model card.
+
+    Args:
+        source: folder or Hub name of a float model, or of an int8 one of compressed-tensors or bitsandbytes; or a
+            GGUF file.
+        destination: a folder, written whole or not at all.
+        config: how to quantize; `MonoQuantConfig()` if None. int8 codes that are taken over stay as they are, so that
+            only the default is allowed then.
+        revision: of a source on the Hub.
+        dtype: of what is left in float, `"auto"` for that of the checkpoint.
+        overwrite: replace what is at the destination.
+        max_shard_size: where to split the weights; codes taken over keep the files of the source.
+
+    Returns:
+        what was done, in a few words.
+
+    Raises:
+        HubError: the source is quantized by mono_quant_hf already or in a way that cannot be read, or the
+            destination is taken.
+    """
+    check_destination(destination, overwrite)
+    config = MonoQuantConfig() if config is None else config
+    if str(source).endswith(".gguf"):
+        return _from_gguf(Path(source), destination, config, dtype, overwrite, max_shard_size)
+    folder = local_folder(source, revision)
+    settings = quantization_of(folder)
+    method = (settings or {}).get("quant_method")
+    if settings is None:
+        how = "rounded from float"
+        with written_beside(destination, overwrite) as new:
+            _quantize_float(folder, new, config, dtype, max_shard_size)
+            _add_card(source, folder, new, destination)
+        return how
+    if method == QUANT_METHOD:
+        raise HubError(
+            f"{source} is quantized by mono_quant_hf already; give the float model it was made from."
+        )
+    if method == "compressed-tensors" and not _codes_fit(folder, settings):
+        with tempfile.TemporaryDirectory(prefix="mono-quant-hf-") as scratch:
+            _dequantize_compressed(folder, Path(scratch), dtype)
+            with written_beside(destination, overwrite) as new:
+                _quantize_float(Path(scratch), new, config, dtype, max_shard_size)
+                copy_companions(folder, new)
+                _add_card(source, folder, new, destination)
+        return "made float and rounded a second time, as its format is not int8 with a scale per channel"
+    if method == "compressed-tensors":
+        decode: Callable[[Path, dict[str, Any], Path], MonoQuantConfig] = _take_compressed
+    elif method == "bitsandbytes" and settings.get("load_in_8bit"):
+        decode = _take_bitsandbytes
+    else:
+        raise HubError(
+            f"{source} is quantized by {method}, which cannot be taken over; give the float model it was made from."
+        )
+    if config != MonoQuantConfig():
+        raise HubError(
+            f"{source} holds int8 codes, which are taken over as they are; leave the settings out, or give the float "
+            "model it was made from."
+        )
+    with written_beside(destination, overwrite) as new:
+        taken = decode(folder, settings, new)
+        _write_config(folder, new, taken)
+        copy_companions(folder, new)
+        _add_card(source, folder, new, destination)
+    return "the int8 codes taken over as they are"
+
+
+def _quantize_float(
+    folder: Path, new: Path, config: MonoQuantConfig, dtype: Any, max_shard_size: Any
+) -> None:
+    model_class = model_class_of(AutoConfig.from_pretrained(folder))
+    model = model_class.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    model.save_pretrained(new, max_shard_size=max_shard_size)
+    copy_companions(folder, new)
+
+
+def _from_gguf(
+    file: Path, destination: Any, config: MonoQuantConfig, dtype: Any, overwrite: bool, max_shard_size: Any
+) -> str:
+    if not file.is_file():
+        raise HubError(f"There is no file {file}.")
+    try:
+        import gguf  # noqa: F401  transformers reads GGUF with it
+    except ImportError as problem:
+        raise HubError("Reading GGUF needs the package gguf: pip install 'mono-quant-hf[gguf]'.") from problem
+    with tempfile.TemporaryDirectory(prefix="mono-quant-hf-") as scratch:
+        # The numbers of a GGUF file are rounded anew in any case; in float32 that costs nothing more.
+        AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        ).save_pretrained(scratch)
+        try:
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(scratch)
+        except (ValueError, KeyError, NotImplementedError) as problem:
+            logger.warning(
+                "The tokenizer in %s cannot be read (%s): add one to %s.", file, problem, destination
+            )
+        with written_beside(destination, overwrite) as new:
+            dtype = torch.float32 if dtype == "auto" else dtype
+            _quantize_float(Path(scratch), new, config, dtype, max_shard_size)
+            _add_card(file, Path(scratch), new, destination)
+    return "made float and rounded a second time, as GGUF has a scale for each block of a row"
+
+
+def _add_card(source: Any, folder: Path, new: Path, destination: str | os.PathLike[str]) -> None:
+    base = str(source) if is_hub_id(str(source)) else None
+    name = Path(destination).resolve().name
+    model_card(new, name, original=load_card(folder), base_model=base).save(new / "README.md")
+
+
+# compressed-tensors
+
+
+def _codes_fit(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether all that is quantized is int8 with a scale per output channel or per tensor."""
+    for group in settings.get("config_groups", {}).values():
+        weights = group.get("weights") or {}
+        if (
+            (weights.get("num_bits"), weights.get("type")) != (8, "int")
+            or weights.get("strategy") not in ("channel", "tensor")
+            or weights.get("actorder")
+        ):
+            return False
+    stored = read_headers([str(file) for file in weight_files(folder)])
+    scales = {name: tensor for name, tensor in stored.items() if name.endswith(".weight_scale")}
+    return bool(scales) and all(
+        len(tensor.shape) < 2 or (len(tensor.shape) == 2 and tensor.shape[1] == 1)
+        for tensor in scales.values()
+    )
+
+
+def _take_compressed(folder: Path, settings: dict[str, Any], new: Path) -> MonoQuantConfig:
+    files = [str(file) for file in weight_files(folder)]
+    stored = read_headers(files)
+    zero_points = any(name.endswith(".weight_zero_point") for name in stored)
+    dropped: list[str] = []
+
+    def convert(name: str, load: Load) -> dict[str, Tensor]:
+        base, _, kind = name.rpartition(".")
+        if kind == "weight_packed":
+            rows, columns = load(f"{base}.weight_shape").tolist()
+            codes = unpack(load(name), (rows, columns))
+        elif kind == "weight" and f"{base}.weight_scale" in stored:
+            codes = load(name)
+        elif kind in ("weight_scale", "weight_zero_point", "weight_shape"):
+            return {}
+        elif kind.endswith(("_scale", "_zero_point", "_g_idx")):
+            dropped.append(name)
+            return {}
+        else:
+            return {name: load(name)}
+        shape = (len(codes), 1)
+        scale = load(f"{base}.weight_scale").float().reshape(-1, 1).expand(shape).contiguous()
+        tensors = {f"{base}.weight": codes, f"{base}.weight_scale": scale}
+        if zero_points:
+            zero_point = torch.zeros(shape, dtype=torch.int8)
+            if f"{base}.weight_zero_point" in stored:
+                zero_point = load(f"{base}.weight_zero_point")
+                if zero_point.dtype is torch.int32:  # packed like the weight, but down the rows
+                    zero_point = unpack(zero_point.T, (1, len(codes))).T
+                zero_point = zero_point.reshape(-1, 1).to(torch.int8).expand(shape).contiguous()
+            tensors[f"{base}.weight_zero_point"] = zero_point
+        return tensors
+
+    _convert_files(folder, new, convert)
+    settings_of_groups = [
+        group.get("input_activations") or {} for group in settings["config_groups"].values()
+    ]
+    more: dict[str, Any] = {}
+    if any(settings_of_groups):
+        dynamic = all(one.get("dynamic") is True and one.get("num_bits") == 8 for one in settings_of_groups)
+        if dynamic and "activations" in FIELDS:
+            more["activations"] = "int8"
+        else:
+            logger.warning("The activations were to be quantized too; here they are computed in float.")
+    if dropped:
+        logger.warning(
+            "%d tensors, such as %s, have no place here and were left out.", len(dropped), dropped[0]
+        )
+    return MonoQuantConfig(symmetric=not zero_points, **more)
+
+
+def _dequantize_compressed(folder: Path, scratch: Path, dtype: Any) -> None:
+    try:
+        import compressed_tensors  # noqa: F401  transformers dequantizes with it
+    except ImportError as problem:
+        raise HubError(
+            "Reading this format needs compressed-tensors: pip install 'mono-quant-hf[compressed-tensors]'."
+        ) from problem
+    model_class = model_class_of(AutoConfig.from_pretrained(folder))
+    how = CompressedTensorsConfig(dequantize=True)
+    model_class.from_pretrained(folder, dtype=dtype, quantization_config=how).save_pretrained(scratch)
+    _write_config(scratch, scratch, None)
+
+
+# bitsandbytes
+
+
+def _take_bitsandbytes(folder: Path, settings: dict[str, Any], new: Path) -> MonoQuantConfig:
+    stored = read_headers([str(file) for file in weight_files(folder)])
+    skeleton = skeleton_of(folder)
+    aliases = aliases_of(skeleton)
+    transposed = {
+        alias
+        for name, module in skeleton.named_modules()
+        if isinstance(module, Conv1D)
+        for alias in aliases(name)
+    }
+
+    def convert(name: str, load: Load) -> dict[str, Tensor]:
+        base, _, kind = name.rpartition(".")
+        if kind in ("SCB", "weight_format"):
+            return {}
+        if kind != "weight" or f"{base}.SCB" not in stored:
+            return {name: load(name)}
+        if f"{base}.weight_format" in stored and int(load(f"{base}.weight_format")) != ROW_MAJOR:
+            raise HubError(
+                f"{name} is in a layout that bitsandbytes no longer writes; load and save the model with a current "
+                "bitsandbytes first."
+            )
+        codes, scale = load(name), (load(f"{base}.SCB").float() / 127).reshape(-1, 1)
+        if base in transposed:
+            codes, scale = codes.T.contiguous(), scale.T.contiguous()
+        return {name: codes, f"{base}.weight_scale": scale}
+
+    _convert_files(folder, new, convert)
+    return MonoQuantConfig(symmetric=True)
+
+
+# Files
+
+
+def _convert_files(folder: Path, new: Path, convert: Callable[[str, Load], dict[str, Tensor]]) -> None:
+    """Write every weight file anew, one in memory at a time, with what `convert` makes of each tensor's name."""
+    files = weight_files(folder)
+    where = {name: tensor.file for name, tensor in read_headers([str(file) for file in files]).items()}
+
+    def load(name: str) -> Tensor:
+        if name not in where:
+            raise HubError(f"{name} is missing from {folder}; download or save the model again.")
+        with safe_open(where[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in files:
+        made: dict[str, Tensor] = {}
+        for name in sorted(name for name, at in where.items() if at == str(file)):
+            made |= convert(name, load)
+        save_file(made, new / file.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(made, file.name)
+        total += sum(tensor.nbytes for tensor in made.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (new / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _write_config(folder: Path, new: Path, config: MonoQuantConfig | None) -> None:
+    """The config.json of `folder` with another quantization config, or with none."""
+    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data.pop("compression_config", None)
+    data.pop("quantization_config", None)
+    if config is not None:
+        data["quantization_config"] = config.to_dict()
+    (new / "config.json").write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
