@@ -54,8 +54,8 @@ def round_compensated(
     zero_point: Tensor | None,
     hessian: Tensor,
     *,
-    damping: float = 0.01,
-    sweeps: int = 1,
+    damping: float = 0.1,
+    sweeps: int = 0,
     block_size: int = 128,
 ) -> Tensor:
     """Round a layer's weights one input after the other, each making up for the errors of those before.
