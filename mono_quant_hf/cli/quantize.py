@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
-from mono_quant_hf.calibration import Sampling
+from mono_quant_hf.calibration import Compensation, Sampling
 from mono_quant_hf.config import WEIGHT_TYPES
 from mono_quant_hf.hub import HubError, quantize_checkpoint
 from mono_quant_hf.hub.folders import check_destination, written_beside
@@ -61,6 +61,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--calibration", choices=CALIBRATIONS, help="choose codes by what the layers do")
     command.add_argument("--samples", type=int, default=128, metavar="N", help="rows of text (128)")
     command.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a row (512)")
+    command.add_argument(
+        "--damping",
+        type=float,
+        default=Compensation().damping,
+        metavar="X",
+        help="mistrust of the text, 0 to 1: less fits it more closely, more is safer on another kind (%(default)s)",
+    )
     command.add_argument("--seed", type=int, default=0, help="of the text that the model writes (0)")
     command.add_argument(
         "--resume", type=Path, metavar="DIR", help="keep finished layers here, and go on from them"
@@ -137,6 +144,7 @@ def _calibrated(arguments: argparse.Namespace, config: MonoQuantConfig) -> Any:
         calibration=calibration,
         tokenizer=tokenizer,
         sampling=sampling,
+        compensation=Compensation(damping=arguments.damping),
         resume_folder=arguments.resume,
         progress=sys.stderr.isatty(),
     )

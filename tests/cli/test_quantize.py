@@ -63,6 +63,7 @@ def test_mistakes_are_told_in_one_line(folder, capsys):
         ([source, new, "--weights", "float16", "--calibration", "self"], "for int8"),
         ([source, new, "--text-file", "book.txt"], "--calibration text"),
         ([source, new, "--calibration", "self", "--samples", "0"], "samples"),
+        ([source, new, "--calibration", "self", "--damping", "2"], "damping"),
     ]:
         assert main(["quantize", *arguments]) == 2
         assert word in capsys.readouterr().err.strip().splitlines()[-1]
