@@ -3,9 +3,10 @@
     python examples/loading_benchmark.py --shape 1b
     python examples/loading_benchmark.py ./my-float-model --repeats 5 --json loading.json
 
-Each load runs in a process of its own, the cases in turn, so that a drift of the machine meets all of them. "Touch" reads
-a byte of every page of every parameter, since a file that is only mapped has not been loaded. The peak is that of anonymous
-memory (`RssAnon` of /proc/self/status; Linux) over what the imports alone take: float weights that stay mapped are none.
+Each load runs in a process of its own, the cases in turn, so that a drift of the machine meets all of them.
+"Touch" reads a byte of every page of every parameter, since a file that is only mapped has not been loaded.
+The peak is that of anonymous memory (`RssAnon` of /proc/self/status; Linux) over what the imports alone take:
+float weights that stay mapped are none.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
 import textwrap
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -56,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
               python examples/perplexity.py ./my-model --text-file book.txt --weights both --json result.json
               python examples/perplexity.py HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext \\
                   --config wikitext-2-raw-v1 --split test --max-tokens 20000
+              torchrun --nproc-per-node 2 examples/perplexity.py ./my-model --no-divergence
             """
         ),
     )
@@ -199,14 +202,21 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{arguments.model} is quantized already: give the float model it was made from.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = {name: getattr(arguments, name) for name in ("window", "stride", "max_tokens", "column")}
-    running = {"batch_size": arguments.batch_size, "progress": not arguments.quiet}
+    running: dict[str, Any] = {"batch_size": arguments.batch_size, "progress": not arguments.quiet}
+    shared: dict[str, Any] = {}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not arguments.no_divergence:
+            raise ValueError("several processes share the windows of --no-divergence only: add it.")
+        process = PartialState(cpu=not torch.cuda.is_available())
+        shared["split_between_processes"] = True
+        running["progress"] = running["progress"] and process.is_main_process
 
     with tempfile.TemporaryDirectory(prefix="mono-quant-hf-") as temporary:
         model = load_model(arguments, None)
         reference: Reference | None = None
         measured: PerplexityResult
         if arguments.no_divergence:
-            measured = perplexity(model, tokenizer, text, **windows, **running)
+            measured = perplexity(model, tokenizer, text, **windows, **running, **shared)
         else:
             folder = arguments.reference or Path(temporary, "reference")
             reference = record_reference(model, tokenizer, text, folder, **windows, **running)
@@ -230,7 +240,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
                 "memory_bytes": model.get_memory_footprint(),
             }
             if reference is None:
-                row |= figures_of(perplexity(model, tokenizer, text, **windows, **running))
+                row |= figures_of(perplexity(model, tokenizer, text, **windows, **running, **shared))
             else:
                 row |= figures_of(divergence(reference, model, **running))
             before, after = results[0]["perplexity"], row["perplexity"]
@@ -292,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
         with no_progress_bars() if arguments.quiet else nullcontext():
             figures = evaluate(arguments)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return 0  # the first process of several tells the result
         if arguments.json:
             arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -300,7 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = figures["settings"]
     print(
         f"{figures['model']} on {figures['text']}: window {settings['window']}, stride {settings['stride']}, "
-        f"computing in {settings['dtype']}\n"
+        f"computing in {settings['dtype']}"
+        + (f", split over {os.environ['WORLD_SIZE']} processes" if "WORLD_SIZE" in os.environ else "")
+        + "\n"
     )
     print(table(figures["results"]))
     return 0

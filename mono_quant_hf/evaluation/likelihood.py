@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mono_quant_hf.evaluation.passages import Plan, plan, task_of
+from mono_quant_hf.evaluation.processes import gather, share
 from mono_quant_hf.evaluation.results import Result, mean_and_standard_error, safe_exp
 from mono_quant_hf.evaluation.scoring import evaluating, negative_log_likelihood, score
 
@@ -67,6 +68,7 @@ def perplexity(
     separator: str | None = "\n\n",
     max_tokens: int | None = None,
     progress: bool = True,
+    split_between_processes: bool = False,
 ) -> PerplexityResult:
     """Perplexity of a causal language model on a text, with a sliding window.
 
@@ -93,6 +95,8 @@ def perplexity(
         max_tokens: use only so many tokens from the start of the text; of a dataset only the rows needed are
             read.
         progress: show a progress bar.
+        split_between_processes: every process of torch.distributed scores its share of the windows, and each
+            returns the result of all; all of them must call this, each with the whole model.
 
     Raises:
         ValueError: no text or fewer than 2 tokens; `window`, `stride`, `batch_size` or `max_tokens` out of
@@ -129,17 +133,25 @@ def perplexity(
         max_tokens=max_tokens,
     )
     started = time.perf_counter()
+    passages = share(planned.passages) if split_between_processes else planned.passages
     parts: list[torch.Tensor] = []
     total = 0.0
     with (
         evaluating(model),
-        tqdm(total=planned.scored, unit="token", desc="perplexity", disable=not progress) as bar,
+        tqdm(
+            total=sum(len(passage.targets) for passage in passages),
+            unit="token",
+            desc="perplexity",
+            disable=not progress,
+        ) as bar,
     ):
-        for passage, logits in score(model, planned.passages, batch_size):
+        for passage, logits in score(model, passages, batch_size):
             parts.append(negative_log_likelihood(logits, passage.targets))
             total += float(parts[-1].sum())
             bar.update(len(passage.targets))
             bar.set_postfix(perplexity=f"{safe_exp(total / bar.n):.3f}" if bar.n else "", refresh=False)
+    if split_between_processes:
+        parts = gather(parts)
     return summarize(torch.cat(parts), planned, time.perf_counter() - started)
 
 
