@@ -31,8 +31,8 @@ def round_balanced(weight: Tensor, scale: Tensor, zero_point: Tensor | None = No
 
     Example:
         >>> import torch
-        >>> row = torch.tensor([[1.4, 2.4, 3.3, -0.1]])
-        >>> round_balanced(row, torch.ones(1, 1)).tolist()  # the nearest are 1, 2, 3, 0 and fall short by 1.0
+        >>> row = torch.tensor([[1.45, 2.4, 3.3, -0.1]])
+        >>> round_balanced(row, torch.ones(1, 1)).tolist()  # the nearest are 1, 2, 3, 0, too little by 1.05
         [[2, 2, 3, 0]]
     """
     exact, low, high = _steps(weight, scale, zero_point)
