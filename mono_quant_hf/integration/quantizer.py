@@ -76,8 +76,8 @@ class MonoQuantHfQuantizer(HfQuantizer):
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
-                "A mono_quant model cannot be split by tensor parallelism (tp_plan, distributed_config); load it with a "
-                "device_map, or export it to compressed-tensors for an engine that splits it."
+                "A mono_quant model cannot be split by tensor parallelism (tp_plan, distributed_config); load it "
+                "with a device_map, or export it to compressed-tensors for an engine that splits it."
             )
         if isinstance(device_map, dict):
             keep_tied_together(model, device_map)
