@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
+from mono_quant_hf.hub import push_to_hub
 from tests import tiny_models
+from tests.hub.conftest import environment, hub  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 LOAD = """
@@ -50,9 +52,9 @@ def site(tmp_path):
     return tmp_path
 
 
-def python(site, code, folder=None, **environment):
+def python(site, code, folder=None, **variables):
     source = f"FOLDER = {str(folder)!r}\nimport json, sys\n{code}"
-    settings = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    settings = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     return subprocess.run(
         [sys.executable, "-c", source], env=os.environ | settings, cwd=site, capture_output=True, text=True
     )
@@ -70,6 +72,14 @@ def python(site, code, folder=None, **environment):
 def test_a_checkpoint_loads_whatever_is_imported_first(site, checkpoint, imports):
     folder, expected = checkpoint
     done = python(site, f"{imports}\n{LOAD}", folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"class": "QuantizedLinear", "sum": expected}
+
+
+def test_from_the_hub_in_a_new_process(site, checkpoint, hub, environment):  # noqa: F811
+    folder, expected = checkpoint
+    push_to_hub(folder, "me/tiny-int8", private=True)
+    done = python(site, f"import torch\n{LOAD}", "me/tiny-int8", **environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"class": "QuantizedLinear", "sum": expected}
 

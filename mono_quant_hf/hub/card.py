@@ -40,6 +40,7 @@ def model_card(
     original: ModelCard | None = None,
     existing: ModelCard | None = None,
     plots: Sequence[str | os.PathLike[str]] = (),
+    notes: str | None = None,
 ) -> ModelCard:
     """The card of a quantized checkpoint.
 
@@ -53,6 +54,7 @@ def model_card(
         existing: a card to keep and extend: its text stays, our section in it is written anew or added at the end,
             and its metadata are completed, not changed.
         plots: images to show; they are expected in the repo under `plots/`.
+        notes: a paragraph of Markdown of your own, put first.
 
     Returns:
         a card that is not saved yet.
@@ -89,6 +91,7 @@ def model_card(
             for plot in plots
         ],
         evaluations=evaluations,
+        notes=notes,
         **_words(facts, folder, base),
     )
     return fresh if existing is None else _extended(existing, fresh)

@@ -47,6 +47,7 @@ def push_to_hub(
     base_model: str | None = None,
     license: str | None = None,
     plots: Sequence[str | os.PathLike[str]] = (),
+    notes: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -69,6 +70,7 @@ def push_to_hub(
         base_model: Hub id of the float model; found in the model's config where it was loaded from the Hub.
         license: as the Hub names it; carried over from the card of the float model if None.
         plots: images to upload and show in the card.
+        notes: a paragraph of Markdown of your own for the card.
         private: whether a new repo is private; the owner's default if None.
         revision: branch to push to, made from `main` if it is not there.
         create_pr: open a pull request instead of pushing to the branch.
@@ -112,6 +114,7 @@ def push_to_hub(
                 original=original,
                 existing=existing or local,
                 plots=plots,
+                notes=notes,
             )
             check_card(card)
             card.save(folder / "README.md")

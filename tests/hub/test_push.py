@@ -1,9 +1,5 @@
 """Pushing over the wire, with the real client against the server of hub_server.py."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -260,15 +256,3 @@ def test_what_is_not_quantized_is_refused_before_anything_is_asked(hub, tmp_path
     with pytest.raises(HubError, match="none of the numbers"):
         Evaluation([{"accuracy": 1}])
     assert hub.requests == []
-
-
-def test_a_new_process_loads_it(hub, model, environment, tmp_path):
-    push_to_hub(model, REPO)
-    code = (
-        "import mono_quant_hf, torch\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "from tests.tiny_models import logits\n"
-        f"torch.save(logits(AutoModelForCausalLM.from_pretrained({REPO!r})), {str(tmp_path / 'logits.pt')!r})"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | environment)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), tiny_models.logits(model))
