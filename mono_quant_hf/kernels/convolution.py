@@ -58,7 +58,7 @@ class _Convolution(torch.autograd.Function):
     """Keeps the codes, not the expanded weight, from forward to backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -78,7 +78,7 @@ class _Convolution(torch.autograd.Function):
             return torch.convolution(x.to(dtype), full, cast_bias, *geometry).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, zero_point = ctx.saved_tensors
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:

@@ -124,7 +124,8 @@ def test_numba_is_imported_only_when_a_product_needs_it():
     run("assert 'numba' not in sys.modules\nproducts()")
 
 
-X86 = cpu.load() is not None and cpu.load().X86
+COMPILED = cpu.load()
+X86 = COMPILED is not None and COMPILED.X86
 VECTORS = """
     products()
     from mono_quant_hf.kernels import compiled
