@@ -13,12 +13,8 @@ from pathlib import Path
 from .errors import HubError
 
 WEIGHT_PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.bin.index.json",
-    "*.pth",
-    "*.gguf",
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.ckpt"),
+    *("*.gguf", "*.h5", "*.msgpack", "*.onnx"),
 )
 """Files that hold weights, or say which file does, and so never are copied beside other weights."""
 
@@ -66,10 +62,12 @@ def check_destination(destination: str | os.PathLike[str], overwrite: bool = Fal
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copy what a model's folder holds beside its weights and config: tokenizer, processor, templates, licence.
+    """Copy what a model's folder holds beside its weights and config: tokenizer, processor, templates, licence, and
+    the further modules of sentence-transformers.
 
     Files that are in the destination already stay as they are; a model card is left out, it speaks of the source.
     """
+    folders = {"additional_chat_templates", "chat_templates", *_module_folders(source)}
     for file in sorted(source.iterdir()):
         target = destination / file.name
         if file.name in ("README.md", "config.json") or any(
@@ -79,10 +77,17 @@ def copy_companions(source: Path, destination: Path) -> None:
         if file.name.startswith(".") or target.exists():
             continue
         if file.is_dir():
-            if file.name in ("additional_chat_templates", "chat_templates"):
+            if file.name in folders:
                 shutil.copytree(file, target)
         else:
             shutil.copyfile(file, target)
+
+
+def _module_folders(folder: Path) -> set[str]:
+    """The folders of a sentence-transformers model: pooling, dense layers and so on."""
+    file = folder / "modules.json"
+    modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return {module["path"] for module in modules if isinstance(module, dict) and module.get("path")}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -49,12 +49,19 @@ def test_a_float_folder_with_all_that_belongs_to_it(tmp_path):
     byte_level_tokenizer().save_pretrained(tmp_path / "float")
     (tmp_path / "float" / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# The float model\n")
     (tmp_path / "float" / "LICENSE").write_text("MIT")
+    (tmp_path / "float" / "pytorch_model.bin").write_bytes(b"other weights")
+    (tmp_path / "float" / "original").mkdir()
+    (tmp_path / "float" / "1_Pooling").mkdir()
+    (tmp_path / "float" / "1_Pooling" / "config.json").write_text("{}")
+    (tmp_path / "float" / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
     how = quantize_checkpoint(tmp_path / "float", tmp_path / "int8", MonoQuantConfig(symmetric=True))
     assert how == "rounded from float"
     assert_same_codes(tmp_path / "int8", quantize_model(model, MonoQuantConfig(symmetric=True)))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "int8").dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(tmp_path / "int8").encode("#") == byte_level_tokenizer().encode("#")
     assert (tmp_path / "int8" / "LICENSE").read_text() == "MIT"
+    assert (tmp_path / "int8" / "1_Pooling" / "config.json").is_file()
+    assert not {"original", "pytorch_model.bin"} & {file.name for file in (tmp_path / "int8").iterdir()}
     card = ModelCard.load(tmp_path / "int8" / "README.md")
     assert (card.data.license, card.data.language) == ("mit", "en")
     assert "MonoQuantConfig(weights='int8', symmetric=True)" in card.text and "# int8" in card.text
