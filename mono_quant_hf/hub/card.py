@@ -207,7 +207,8 @@ def _kept(decisions: list[Decision]) -> list[dict[str, str]]:
 
 
 def _counts(decisions: list[Decision]) -> dict[str, str]:
-    return {"modules": f"{len(decisions):,}", "parameters": f"{sum(d.parameters for d in decisions):,}"}
+    parameters = sum(decision.parameters for decision in decisions)
+    return {"modules": f"{len(decisions):,}", "parameters": f"{parameters:,}" if parameters else "shared"}
 
 
 def _extended(existing: ModelCard, fresh: ModelCard) -> ModelCard:

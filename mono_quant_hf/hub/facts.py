@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class CheckpointFacts:
         auto_class: the Auto class that loads it.
         task: the Hub's name of its task.
         config: how it was quantized.
-        decisions: what became of every module that holds weights.
+        decisions: what became of every module that holds weights; a tied weight counts in the first module only.
         bytes_on_disk: of the tensors.
         bytes_as_float: of the same model in float32, codes and float16 weights counted as float32 and without
             scales and zero-points.
@@ -125,7 +125,7 @@ def read_facts(folder: str | os.PathLike[str]) -> CheckpointFacts:
         auto_class=auto_class_of(type(skeleton).__name__),
         task=AUTO_CLASSES[auto_class_of(type(skeleton).__name__)],
         config=config,
-        decisions=decisions,
+        decisions=_counted_once(skeleton, decisions),
         bytes_on_disk=sum(_size(tensor) for tensor in stored.values()),
         bytes_as_float=sum(4 * math.prod(t.shape) for name, t in stored.items() if name not in companions),
         sharded=len(files) > 1,
@@ -171,6 +171,16 @@ def auto_class_of(architecture: str) -> str:
             if architecture == names or (isinstance(names, (tuple, list)) and architecture in names):
                 return auto_class
     return "AutoModel"
+
+
+def _counted_once(model: PreTrainedModel, decisions: list[Decision]) -> list[Decision]:
+    seen: set[int] = set()
+    counted = []
+    for decision in decisions:
+        own = {id(p): p.numel() for p in model.get_submodule(decision.module).parameters(recurse=False)}
+        counted.append(replace(decision, parameters=sum(n for key, n in own.items() if key not in seen)))
+        seen |= own.keys()
+    return counted
 
 
 def _owner(name: str) -> str:

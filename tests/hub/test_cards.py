@@ -60,6 +60,14 @@ def test_other_tasks(tmp_path, make, auto_class, task, kinds):
     assert "base_model" not in card.data.to_dict()
 
 
+def test_a_tied_weight_counts_once(tmp_path):
+    quantize_model(tiny_models.llama(tied=True)).save_pretrained(tmp_path)
+    text = model_card(tmp_path, "me/model").text
+    assert "| output head or tied weight | 1 | shared | `lm_head` |" in text
+    linears, table = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 88 * 32), 64 * 32
+    assert f"{linears / (linears + table):.1%} of the parameters" in text
+
+
 def test_every_auto_class_is_known_to_transformers():
     assert auto_class_of("LlamaForCausalLM") == "AutoModelForCausalLM"
     assert auto_class_of("WhisperForConditionalGeneration") == "AutoModelForSpeechSeq2Seq"
