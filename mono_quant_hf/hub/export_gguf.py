@@ -268,5 +268,7 @@ def _pre_tokenizer(data: dict[str, Any], model_type: str) -> str:
         return "smollm"
     if "{1,3}" in steps:
         return "llama-bpe"
+    if '"Split"' not in steps and '"use_regex": true' in steps:
+        return "gpt-2"
     logger.warning("llama.cpp's name of this tokenizer's pre-tokenizer is not known; 'default' is written.")
     return "default"

@@ -168,13 +168,13 @@ def wide(kind="llama"):
     return type(tiny_models.llama())(type(tiny_models.llama().config)(**sizes)).eval()
 
 
-def byte_level_tokenizer():
+def byte_level_tokenizer(plain=False):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:60]
     vocabulary = {token: n for n, token in enumerate(["<pad>", "<s>", "</s>", *alphabet, "##"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[("#", "#")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = byte_level if plain else pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
@@ -187,12 +187,22 @@ def load_gguf(file):
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_gguf(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "plain", "pre"),
+    [
+        ("llama", False, "smollm"),
+        ("llama", True, "gpt-2"),
+        ("qwen2", False, "qwen2"),
+        ("qwen3", False, "qwen2"),
+    ],
+)
+def test_gguf(tmp_path, kind, plain, pre):
     gguf = pytest.importorskip("gguf")
     model = quantized(wide(kind), symmetric=True)
-    export(model, tmp_path / "model.gguf", "gguf", tokenizer=byte_level_tokenizer())
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    export(model, tmp_path / "model.gguf", "gguf", tokenizer=byte_level_tokenizer(plain))
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert reader.fields["tokenizer.ggml.pre"].contents() == pre
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     down = tensors["blk.0.ffn_down.weight"]
     assert down.tensor_type.name == "Q8_0"
     codes = down.data.reshape(64, 3, 34)[:, :, 2:].reshape(64, 96).view("int8")
@@ -200,7 +210,7 @@ def test_gguf(tmp_path, kind):
     # Only the scales are rounded, to float16: 2^-11 of a weight.
     assert_same_logits(load_gguf(tmp_path / "model.gguf"), model, tolerance=2e-3)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
-    assert tokenizer.encode("###1234") == byte_level_tokenizer().encode("###1234")
+    assert tokenizer.encode("###1234") == byte_level_tokenizer(plain).encode("###1234")
 
 
 def test_gguf_of_scales_that_float16_holds_is_exact(tmp_path):
