@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mono_quant_hf.texts import special_frame, token_sequences
+from mono_quant_hf.texts import texts, token_sequences
 
 from .stages import Inputs
 
@@ -22,8 +23,8 @@ class Sampling:
     """How many samples are taken, and how long they are.
 
     Attributes:
-        samples: rows of text, taken evenly over all of it; batches of inputs are all used.
-        length: tokens in a row; no more than the model has positions for.
+        samples: rows of text (paragraphs for an encoder), taken evenly over all of it; batches of inputs are all used.
+        length: tokens in a row, at most for an encoder; no more than the model has positions for.
         batch_size: rows fed at once.
         column: of a dataset, the one that holds the text.
         seed: of the text that the model writes itself.
@@ -77,7 +78,7 @@ def calibration_batches(
                 f"calibration={source[:40]!r} is not known: give 'self', 'data-free', a list of texts, a Dataset or "
                 "batches of inputs."
             )
-        return _rows(write_text(model, sampling, progress=progress), sampling, model)
+        return _rows(list(write_text(model, sampling, progress=progress)), sampling, model)
     if isinstance(source, (Tensor, Mapping)) and not hasattr(source, "column_names"):
         source = [source]
     if isinstance(source, Sequence) and not isinstance(source, str):
@@ -157,25 +158,39 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
 _ROWS_AT_ONCE = 64
 
 
-def _cut(model: nn.Module, source: Any, tokenizer: Any, sampling: Sampling) -> Tensor:
-    """Rows of one length, as many as wanted, evenly over the text."""
-    causal = not getattr(tokenizer, "mask_token", None)
-    if causal:
-        before = after = torch.empty(0, dtype=torch.long)
-    else:
-        before, after = special_frame(tokenizer)
+def _cut(model: nn.Module, source: Any, tokenizer: Any, sampling: Sampling) -> list[Tensor]:
+    """Rows of tokens, as many as wanted, evenly over the text.
+
+    A causal model reads pieces of the whole text, all of one length. An encoder reads paragraphs between its special
+    tokens, as it does when it is used: how much of what its layers see is special tokens depends on the length.
+    """
     length = _length(model, sampling)
-    (tokens,) = token_sequences(tokenizer, source, column=sampling.column, add_special_tokens=causal)
-    room = min(length - len(before) - len(after), len(tokens))
-    if room < 1:
-        raise ValueError(
-            f"length is {length}, which leaves no room beside the special tokens: give a larger one."
-        )
-    rows = tokens[: len(tokens) // room * room].reshape(-1, room)
-    if len(rows) > sampling.samples:
-        rows = rows[torch.linspace(0, len(rows) - 1, sampling.samples).round().long()]
-    frame = [part.expand(len(rows), -1) for part in (before, after)]
-    return torch.cat([frame[0], rows, frame[1]], dim=1)
+    if getattr(tokenizer, "mask_token", None):
+        paragraphs = [
+            " ".join(part.split())
+            for text in texts(source, sampling.column)
+            for part in _BLANK_LINES.split(text)
+        ]
+        chosen = _evenly([part for part in paragraphs if part], sampling.samples)
+        encoded = (tokenizer(part, truncation=True, max_length=length)["input_ids"] for part in chosen)
+        rows = [torch.as_tensor(ids, dtype=torch.long) for ids in encoded]
+    else:
+        (tokens,) = token_sequences(tokenizer, source, column=sampling.column)
+        whole = tokens[: max(1, len(tokens) // length) * length]
+        rows = _evenly(list(whole.split(length)), sampling.samples)
+    if not rows:
+        raise ValueError("there is no text to calibrate on: what was given is empty.")
+    return rows
+
+
+_BLANK_LINES = re.compile(r"\n\s*\n")
+
+
+def _evenly(items: list[Any], count: int) -> list[Any]:
+    """At most `count` of the items, from the first to the last."""
+    if len(items) <= count:
+        return items
+    return [items[int(n)] for n in torch.linspace(0, len(items) - 1, count).round()]
 
 
 def _length(model: nn.Module, sampling: Sampling) -> int:
@@ -187,10 +202,18 @@ def _length(model: nn.Module, sampling: Sampling) -> int:
     )
 
 
-def _rows(rows: Tensor, sampling: Sampling, model: nn.Module) -> list[Inputs]:
+def _rows(rows: Sequence[Tensor], sampling: Sampling, model: nn.Module) -> list[Inputs]:
+    """Batches of rows of one length: padding would count among the inputs of the layers."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     extra = {"use_cache": False} if getattr(model, "can_generate", lambda: False)() else {}
-    return [{"input_ids": part.to(device), **extra} for part in rows.split(sampling.batch_size)]
+    by_length: dict[int, list[Tensor]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    return [
+        {"input_ids": part.to(device), **extra}
+        for _, same in sorted(by_length.items(), reverse=True)
+        for part in torch.stack(same).split(sampling.batch_size)
+    ]
 
 
 def _is_batch(item: Any) -> bool:

@@ -8,10 +8,11 @@ from torch import nn
 from transformers import Conv1D, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
-from mono_quant_hf.calibration import Compensation, Sampling
+from mono_quant_hf.calibration import Compensation, Sampling, calibration_batches
 from mono_quant_hf.calibration.stages import Blocks
 from mono_quant_hf.modules import QuantizedModule
 from tests import tiny_models
+from tests.evaluation.conftest import TEXT, make_llama, make_tokenizer
 from tests.tiny_models import relative_error
 
 
@@ -243,3 +244,21 @@ def test_settings_are_checked(settings):
         Compensation(**settings)
     with pytest.raises(ValueError, match="samples"):
         Sampling(samples=0)
+
+
+def test_texts_become_rows_as_the_model_reads_them():
+    words, tokenizer = TEXT.split(), make_tokenizer()
+    paragraphs = [" ".join(words[n : n + size]) for n, size in ((0, 5), (5, 9), (14, 5), (19, 40))]
+    rows = [
+        batch["input_ids"]
+        for batch in calibration_batches(
+            tiny_models.bert(), ["\n\n".join(paragraphs)], tokenizer, Sampling(length=16, batch_size=2)
+        )
+    ]
+    # an encoder: a row for each paragraph between the special tokens, cut at the length, nothing padded
+    assert [tuple(part.shape) for part in rows] == [(1, 16), (1, 11), (2, 7)]
+    assert all(bool((part[:, 0] == 2).all() and (part[:, -1] == 3).all()) for part in rows)
+    causal = make_tokenizer()
+    causal.mask_token = None
+    batches = calibration_batches(make_llama(), [TEXT], causal, Sampling(samples=3, length=20, batch_size=2))
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 20), (1, 20)]
