@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
+from mono_quant_hf.modules import QuantizedExperts, QuantizedLinear, QuantizedModule, quantized_class_for
 
 from .errors import HubError
 from .exporting import float_linears, load_quantized, notice, rewritten, save_as, skeleton_like
@@ -39,7 +39,7 @@ def export_compressed_tensors(
     """Write a model quantized by mono_quant_hf in the format of compressed-tensors.
 
     The codes and scales are the same, so nothing is rounded again. What has no form there (convolutions, embeddings,
-    experts, float16 weights) is written in float, with a notice. vLLM and SGLang serve symmetric weights only.
+    float16 weights) is written in float, with a notice. vLLM and SGLang serve symmetric weights only.
 
     Args:
         model: the model, or its folder or name on the Hub.
@@ -51,7 +51,8 @@ def export_compressed_tensors(
         max_shard_size: where to split the weights.
 
     Raises:
-        HubError: the model is not quantized by mono_quant_hf, no Linear of it is int8, or the destination is taken.
+        HubError: the model is not quantized by mono_quant_hf, has experts in stacked tensors, no Linear of it is
+            int8, or the destination is taken.
     """
     source: Path | None = None
     if not isinstance(model, PreTrainedModel):
@@ -60,6 +61,12 @@ def export_compressed_tensors(
     activations = activations or getattr(config, "activations", None)
     if activations not in (None, "int8"):
         raise HubError(f"activations={activations!r} cannot be exported; choose None or 'int8'.")
+    experts = [name for name, module in model.named_modules() if _holds_experts(module)]
+    if experts:
+        raise HubError(
+            f"{experts[0]} holds the weights of several experts in one tensor, which this export cannot write in a "
+            "form that other engines load; serve the model with transformers and mono_quant_hf."
+        )
     linears = [module for _, module in model.named_modules() if _is_target(module)]
     if not linears:
         raise HubError(
@@ -163,6 +170,13 @@ def quantization_config(
 def _is_target(module: nn.Module) -> bool:
     return (
         isinstance(module, QuantizedLinear) and module.weights == "int8" and module.float_class is nn.Linear
+    )
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    quantized_class = quantized_class_for(module)
+    return isinstance(module, QuantizedExperts) or (
+        quantized_class is not None and issubclass(quantized_class, QuantizedExperts)
     )
 
 

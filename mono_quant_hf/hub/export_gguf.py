@@ -149,11 +149,7 @@ def _add_tensors(writer: Any, model: PreTrainedModel, architecture: Any, permute
             raise HubError("The model is offloaded; load it without a device_map to export it.")
         if key in tied or key.endswith("rotary_emb.inv_freq"):
             continue
-        if (
-            isinstance(module, QuantizedModule)
-            and parameter in module.storage_names()
-            and parameter != "weight"
-        ):
+        if isinstance(module, QuantizedModule) and parameter not in ("weight", "bias"):
             continue
         new = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if new is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,14 @@ def rewritten(model: PreTrainedModel, rewrite: Rewrite) -> Rewritten:
     done: list[str] = []
     as_float: dict[str, str] = {}
     shared: dict[int, Tensor] = {}
+    tied = _storages_of_several(modules.values())
     for name, module in modules.items():
-        for key in module.storage_names():
+        # Its bias stays; buffers are its own, the float module has none.
+        for key in [*module.storage_names(), *module._buffers]:
             tensors.pop(f"{name}.{key}", None)
-        new = rewrite(name, module)
+        # A head that is tied to an embedding would be tied to codes there.
+        is_tied = any(module.get_parameter(key).data_ptr() in tied for key in module.weight_axes)
+        new = None if is_tied else rewrite(name, module)
         if new is None:
             as_float[name] = module.float_class.__name__
             new = {}
@@ -95,6 +100,12 @@ def rewritten(model: PreTrainedModel, rewrite: Rewrite) -> Rewritten:
             done.append(name)
         tensors |= {f"{name}.{key}": tensor for key, tensor in new.items()}
     return Rewritten(tensors, done, as_float)
+
+
+def _storages_of_several(modules: Iterable[QuantizedModule]) -> set[int]:
+    """Addresses of the weights that more than one module holds."""
+    counts = Counter(module.get_parameter(key).data_ptr() for module in modules for key in module.weight_axes)
+    return {address for address, count in counts.items() if count > 1}
 
 
 def float_linears(

@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
@@ -114,6 +116,41 @@ def test_convolutions_are_float_there_and_it_is_said(tmp_path, caplog):
         export(quantized(weights="float16"), tmp_path / "fp16", "compressed-tensors")
 
 
+def test_a_head_that_is_tied_to_a_quantized_embedding_is_float_there(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model = quantized(tiny_models.llama(tied=True), symmetric=True, quantize_embeddings=True)
+    assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.int8
+    export(model, tmp_path / "ct", "compressed-tensors")
+    assert config_of(tmp_path / "ct")["ignore"] == ["lm_head"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert_same_logits(loaded, model)
+
+
+def mixture():
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("skip", [None, ["experts"]])
+def test_stacked_experts_are_refused_there(tmp_path, skip):
+    model = quantized(mixture(), symmetric=True, modules_to_not_convert=skip)
+    with pytest.raises(HubError, match=r"mlp\.experts holds the weights of several experts"):
+        export(model, tmp_path / "ct", "compressed-tensors")
+
+
 # bitsandbytes
 
 
@@ -135,6 +172,13 @@ def test_bitsandbytes(tmp_path):
         tiny_models.relative_error(tiny_models.logits(loaded), tiny_models.logits(model)) < 0.05
     )  # LLM.int8
     assert_same_logits(loaded.dequantize(), model)
+
+
+def test_bitsandbytes_with_experts_in_float(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = quantized(mixture(), symmetric=True)
+    export(model, tmp_path / "bnb", "bitsandbytes")
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "bnb").dequantize(), model)
 
 
 def test_bitsandbytes_has_no_zero_points(tmp_path):
@@ -211,6 +255,13 @@ def test_gguf(tmp_path, kind, plain, pre):
     assert_same_logits(load_gguf(tmp_path / "model.gguf"), model, tolerance=2e-3)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     assert tokenizer.encode("###1234") == byte_level_tokenizer(plain).encode("###1234")
+
+
+def test_gguf_of_a_quantized_embedding(tmp_path):
+    pytest.importorskip("gguf")
+    model = quantized(wide(), symmetric=True, quantize_embeddings=True)
+    export(model, tmp_path / "model.gguf", "gguf")
+    assert_same_logits(load_gguf(tmp_path / "model.gguf"), model, tolerance=2e-3)
 
 
 def test_gguf_of_scales_that_float16_holds_is_exact(tmp_path):
