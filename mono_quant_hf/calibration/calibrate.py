@@ -32,7 +32,7 @@ from .stages import Blocks, Inputs, Stage, inputs_of, output_of
 
 @dataclass(frozen=True)
 class Compensation:
-    """How errors are compensated; the defaults are those that the README's figures were measured with.
+    """How errors are compensated.
 
     Attributes:
         damping: share of the mean diagonal that is added to the Hessian. GPTQ's usual 0.01 fits the samples so

@@ -36,7 +36,7 @@ class Decision:
         weights: `"int8"`, `"float16"` or `"float"` (left alone).
         symmetric: whether int8 codes go without zero-points; None where not int8.
         reason: why it is left in float, or which setting chose it; empty for the default.
-        parameters: number of elements of its own parameters, bias included.
+        parameters: number of elements of its own parameters, bias included; a tied weight counts once.
     """
 
     module: str
@@ -83,6 +83,7 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
         tables = [name for name in embeddings_and_heads if isinstance(candidates.get(name), nn.Embedding)]
         defaults |= dict.fromkeys(tables, EMBEDDINGS_OFF)
 
+    tied = getattr(model, "all_tied_weights_keys", {})  # a weight that is another module's counts there
     decisions = []
     for name, module in candidates.items():
         settings: dict[str, Any] = {"weights": config.weights, "symmetric": config.symmetric}
@@ -96,7 +97,9 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
             weights=settings["weights"],
             symmetric=settings["symmetric"] if int8 else None,
             reason="" if override is None else f"module_overrides[{override!r}]",
-            parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+            parameters=sum(
+                p.numel() for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" not in tied
+            ),
         )
         quantized_class = quantized_class_for(module)
         if quantized_class is None:
