@@ -101,11 +101,13 @@ def load(case: str, folder: str) -> dict[str, float]:
     import mono_quant_hf  # noqa: F401  registers the format
 
     logging.disable_progress_bar()
-    config = quantization_of(case)
+    quantization = quantization_of(case)
+    # Given as None it would take the place of the one in config.json, and codes would be read as weights.
+    config = {} if quantization is None else {"quantization_config": quantization}
     torch.ones(8).sum()  # torch's threads and allocators are up
     with PeakMemory() as memory:
         started = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
         for tensor in [*model.parameters(), *model.buffers()]:
             touch(tensor)
         seconds = time.perf_counter() - started
