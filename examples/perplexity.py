@@ -28,6 +28,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.cli.errors import CommandError
+from mono_quant_hf.cli.texts import add_text_arguments, load_text
 from mono_quant_hf.evaluation import (
     DivergenceResult,
     PerplexityResult,
@@ -64,25 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("model", help="folder or Hub name of a float causal language model")
 
-    text = made.add_argument_group("text (default: the help topics that ship with Python)")
-    text.add_argument("--text-file", type=Path, metavar="FILE", help="a UTF-8 text file")
-    text.add_argument(
-        "--dataset", metavar="NAME", help="a dataset: Hub name, local folder, or json, parquet, csv, text"
-    )
-    text.add_argument(
-        "--data-files", nargs="+", metavar="FILE", help="the files of --dataset json, text, ..."
-    )
-    text.add_argument("--config", metavar="NAME", help="configuration of the dataset")
-    text.add_argument("--split", default="test", help="split of the dataset (default: %(default)s)")
-    text.add_argument("--column", default="text", help="its column of text (default: %(default)s)")
-    text.add_argument("--streaming", action="store_true", help="stream the dataset instead of downloading it")
-    text.add_argument(
-        "--max-tokens",
-        type=_count_or_all,
-        default=4096,
-        metavar="N",
-        help="tokens to use from the start of the text, or 'all' (default: %(default)s)",
-    )
+    add_text_arguments(made, "text", 4096)
 
     quantization = made.add_argument_group("quantization")
     quantization.add_argument("--weights", choices=["int8", "float16", "both"], default="int8")
@@ -115,43 +99,6 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     running.add_argument("--quiet", action="store_true", help="no progress bars")
     return made
-
-
-def _count_or_all(value: str) -> int | None:
-    if value == "all":
-        return None
-    if not value.isdecimal() or int(value) < 2:
-        raise argparse.ArgumentTypeError(f"{value!r} is neither a number of at least 2 nor 'all'")
-    return int(value)
-
-
-def load_text(arguments: argparse.Namespace) -> tuple[str, Any]:
-    """A name for the text, and the text."""
-    if arguments.text_file and arguments.dataset:
-        raise ValueError("give either --text-file or --dataset, not both.")
-    if arguments.data_files and not arguments.dataset:
-        raise ValueError(
-            "--data-files needs --dataset, which says what the files are (json, parquet, text, ...)."
-        )
-    if arguments.text_file:
-        return arguments.text_file.name, arguments.text_file.read_text(encoding="utf-8")
-    if arguments.dataset:
-        from datasets import load_dataset
-
-        # files given by hand are one split, which datasets calls "train"
-        split = "train" if arguments.data_files and arguments.split == "test" else arguments.split
-        dataset = load_dataset(
-            arguments.dataset,
-            arguments.config,
-            split=split,
-            data_files=arguments.data_files,
-            streaming=arguments.streaming,
-        )
-        return " ".join(filter(None, [arguments.dataset, arguments.config, split])), dataset
-    from pydoc_data.topics import topics
-
-    version = ".".join(str(part) for part in sys.version_info[:2])
-    return f"the help topics of Python {version}", "\n\n".join(topics.values())
 
 
 def weight_bytes(folder: Path) -> int | None:
@@ -306,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0  # the first process of several tells the result
         if arguments.json:
             arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (CommandError, OSError, ValueError, TypeError, ImportError) as error:
         print("perplexity.py: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     settings = figures["settings"]
