@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mono_quant_hf.modules import (
 )
 
 from .layouts import Layout, Moments, layout_of
-from .stages import Blocks, Inputs, Stage, inputs_of, output_of
+from .stages import Blocks, Inputs, Stage, block_pass, inputs_of
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,23 @@ class _Layer:
         self.module.get_parameter("weight").data = self.rounded_weight if rounded else self.float_weight
 
     def settle(self, codes: Tensor | None, scale: Tensor | None, zero_point: Tensor | None) -> None:
-        """Fill the quantized module, and compute with what it stands for from now on."""
+        """Fill the quantized module, and be able to compute with what it stands for."""
         tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero_point}
         for key, tensor in tensors.items():
             if tensor is not None:
                 self.target._parameters[key] = nn.Parameter(tensor, requires_grad=False)
         self.rounded_weight = self.target.dequantized("weight", self.float_weight.dtype)
+
+    def load(self, stored: Mapping[str, Tensor]) -> None:
+        """`settle` with what `tensors` gave in an earlier run, by full name."""
+        found = (stored.get(f"{self.name}.{key}") for key in ("weight", "weight_scale", "weight_zero_point"))
+        device = self.float_weight.device
+        self.settle(*(None if tensor is None else tensor.to(device) for tensor in found))
+
+    def finish(self) -> None:
+        """Compute with the float weight again; the rounded one is no longer held."""
+        self.use(rounded=False)
+        self.rounded_weight = self.float_weight
 
     def tensors(self) -> dict[str, Tensor]:
         return {key: self.target.get_parameter(key).data for key in self.target.storage_names()}
@@ -119,7 +131,6 @@ def calibrate(
     batches: Sequence[Inputs],
     *,
     compensation: Compensation | None = None,
-    replace: Callable[[str, QuantizedModule], None],
     resume_folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> list[str]:
@@ -128,15 +139,14 @@ def calibrate(
     In the order of the forward pass, for each group of layers that share an input: the second moments of that input
     are summed up over all batches, in the model whose layers so far are rounded, along with how far it has drifted
     from the float model's; the weight is shifted by what makes up for the drift (least squares), and rounded by
-    `round_compensated`. In memory there are, beside the model, the outputs of one block for all batches, of the float
-    and of the rounded model, and the moments of one group.
+    `round_compensated`. In memory there are, beside the float model and the codes, for all batches what one block gives
+    in the float and in the rounded model and what its layers are fed in the float one, and the moments of one group.
 
     Args:
-        model: float, in evaluation mode on return as it was before; its layers are handed to `replace` one by one.
+        model: float; on return, and whatever happens, it is as it was before.
         targets: `{module name: its quantized twin, not yet filled}`, for modules for which `rounds_with_moments`.
         batches: inputs of the model, by name.
         compensation: how; `Compensation()` if None.
-        replace: called with a name and the filled twin, when the model no longer needs the float module.
         resume_folder: where the codes of finished blocks are kept, for a run that was interrupted to go on from.
         progress: show a progress bar.
 
@@ -148,7 +158,7 @@ def calibrate(
     """
     if not batches:
         raise ValueError("There are no calibration samples; give at least one.")
-    work = _Calibration(model, targets, batches, compensation or Compensation(), replace, resume_folder)
+    work = _Calibration(model, targets, batches, compensation or Compensation(), resume_folder)
     return work.go(progress)
 
 
@@ -159,10 +169,9 @@ class _Calibration:
         targets: Mapping[str, QuantizedModule],
         batches: Sequence[Inputs],
         compensation: Compensation,
-        replace: Callable[[str, QuantizedModule], None],
         resume_folder: str | os.PathLike[str] | None,
     ):
-        self.model, self.batches, self.compensation, self.replace = model, batches, compensation, replace
+        self.model, self.batches, self.compensation = model, batches, compensation
         self.layers: dict[str, _Layer] = {}
         for name, target in targets.items():
             module = model.get_submodule(name)
@@ -170,9 +179,11 @@ class _Calibration:
             assert layout is not None
             self.layers[name] = _Layer(name, module, layout, target)
         self.outside: list[_Layer] = []
+        self.active: list[_Layer] = []
         self.kept: dict[bool, list[dict[str, Any]]] = {
             rounded: [{} for _ in batches] for rounded in (False, True)
         }
+        self.fed: list[dict[str, list[Tensor]]] = []
         self.folder = None if resume_folder is None else _Folder(Path(resume_folder), self._fingerprint())
 
     @torch.no_grad()
@@ -182,6 +193,8 @@ class _Calibration:
         with ExitStack() as stack:
             for module in training:
                 stack.callback(setattr, module, "training", True)
+            for layer in self.layers.values():
+                stack.callback(layer.finish)
             self.blocks = Blocks(self.model, list(self.layers), self.batches[0])
             stack.callback(self.blocks.put_back)
             stages = self.blocks.stages
@@ -189,35 +202,30 @@ class _Calibration:
             with tqdm(total=total, desc="Calibrating", unit="layer", disable=not progress) as bar:
                 for number, stage in enumerate(stages):
                     self._stage(number, stage, last=stage is stages[-1], bar=bar)
-            for layer in self.outside:
-                self._finish(layer)
         reached = {name for stage in stages for group in stage.groups for name in group}
         missed = [name for name in self.layers if name not in reached]
         for name in missed:
             layer = self.layers[name]
-            self.replace(name, balance(layer.module, layer.target))
+            balance(layer.module, layer.target)
         return missed
 
     def _stage(self, number: int, stage: Stage, last: bool, bar: Any) -> None:
         active = [self.layers[name] for group in stage.groups for name in group]
         stored = self.folder.load(number) if self.folder else None
         self.active = active
+        self.fed, float_outputs = [], None
+        if stage.block is not None and self.compensation.drift and not (last and stored):
+            # One pass for all groups; but what is called several times may be so outside of the block.
+            wanted = [] if stored else [g[0] for g in stage.groups if g[0] not in self.blocks.repeated]
+            float_outputs, self.fed = self._pass_block(stage.block, rounded=False, names=wanted)
         for group in stage.groups:
             layers = [self.layers[name] for name in group]
             bar.set_postfix_str(group[0])
-            if stored is not None:
-                for layer in layers:
-                    device = layer.float_weight.device
-                    layer.settle(
-                        *(
-                            None
-                            if (tensor := stored.get(f"{layer.name}.{key}")) is None
-                            else tensor.to(device)
-                            for key in ("weight", "weight_scale", "weight_zero_point")
-                        )
-                    )
-            else:
+            if stored is None:
                 self._round(layers)
+            else:
+                for layer in layers:
+                    layer.load(stored)
             bar.update()
         if self.folder and stored is None:
             self.folder.save(number, {f"{a.name}.{key}": t for a in active for key, t in a.tensors().items()})
@@ -225,9 +233,11 @@ class _Calibration:
             self.outside += active
             return
         if not last:
-            self._keep_outputs(stage.block)
+            if float_outputs is not None:
+                self._keep(stage.block, rounded=False, given=float_outputs)
+            self._keep(stage.block, rounded=True, given=self._pass_block(stage.block, rounded=True)[0])
         for layer in active:
-            self._finish(layer)
+            layer.finish()
         self.blocks.put_aside(stage.block)
 
     def _round(self, layers: list[_Layer]) -> None:
@@ -237,11 +247,8 @@ class _Calibration:
             moments.setdefault(layer.layout.key, Moments(layer.layout))
         name = layers[0].name
         for index in range(len(self.batches)):
-            rounded = self._inputs(name, index, rounded=True)
-            exact: Iterable[Tensor | None] = [None] * len(rounded)
-            if self.compensation.drift:
-                exact = self._inputs(name, index, rounded=False)
-            for x, x_float in zip(rounded, exact, strict=True):
+            x_floats = self._float_inputs(name, index)
+            for x, x_float in zip(self._inputs(name, index, rounded=True), x_floats, strict=False):
                 for moment in moments.values():
                     moment.add(x, x_float)
         for layer in layers:
@@ -273,22 +280,33 @@ class _Calibration:
         with self.blocks.recalling(self.kept[rounded][index]):
             return inputs_of(self.model, self.batches[index], name, name in self.blocks.repeated)
 
-    def _keep_outputs(self, block: str) -> None:
-        row = block.rpartition(".")[0]
-        for rounded in (True, False) if self.compensation.drift else (True,):
-            self._use(rounded)
-            for batch, kept in zip(self.batches, self.kept[rounded], strict=True):
-                with self.blocks.recalling(kept):
-                    kept[row] = output_of(self.model, batch, block)
-        self._use(True)
+    def _float_inputs(self, name: str, index: int) -> Iterable[Tensor | None]:
+        if not self.compensation.drift:
+            return repeat(None)
+        if self.fed and name in self.fed[index]:
+            return self.fed[index].pop(name)
+        return self._inputs(name, index, rounded=False)
+
+    def _pass_block(
+        self, block: str, rounded: bool, names: Sequence[str] = ()
+    ) -> tuple[list[Any], list[dict[str, list[Tensor]]]]:
+        """For every batch, what the block gives and what the modules `names` in it are fed."""
+        self._use(rounded)
+        given, fed = [], []
+        for batch, kept in zip(self.batches, self.kept[rounded], strict=True):
+            with self.blocks.recalling(kept):
+                output, seen = block_pass(self.model, batch, block, names)
+            given.append(output)
+            fed.append(seen)
+        return given, fed
+
+    def _keep(self, block: str, rounded: bool, given: list[Any]) -> None:
+        for kept, output in zip(self.kept[rounded], given, strict=True):
+            kept[block.rpartition(".")[0]] = output
 
     def _use(self, rounded: bool) -> None:
         for layer in (*self.outside, *self.active):
             layer.use(rounded)
-
-    def _finish(self, layer: _Layer) -> None:
-        self.replace(layer.name, layer.target)
-        del self.layers[layer.name].float_weight, self.layers[layer.name].rounded_weight
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(self.compensation)).encode())

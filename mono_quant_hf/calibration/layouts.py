@@ -122,7 +122,15 @@ class Moments:
             other = next(floats)
             self.columns += part.shape[-1]
             share = part.shape[-1] / self.columns
-            mean = part.mT / part.shape[-1]
-            self.hessian = (1 - share) * self.hessian.to(part.device) + share * (part @ mean)
+            self.hessian = _averaged(self.hessian, part, part, share)
             if other is not None:
-                self.drift = (1 - share) * self.drift.to(part.device) + share * ((other - part) @ mean)
+                self.drift = _averaged(self.drift, other - part, part, share)
+
+
+def _averaged(mean: Tensor, a: Tensor, b: Tensor, share: float) -> Tensor:
+    """`(1 - share) mean + share (a bᵀ / columns)`, in place where there is a mean already."""
+    weight = share / a.shape[-1]
+    if not mean.dim():
+        return (a @ b.mT).mul_(weight)
+    multiply = mean.addmm_ if mean.dim() == 2 else mean.baddbmm_
+    return multiply(a, b.mT, beta=1 - share, alpha=weight)

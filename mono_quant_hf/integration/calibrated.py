@@ -41,6 +41,8 @@ def quantize_calibrated(
 ) -> tuple[nn.Module, set[str]]:
     """Replace those modules whose codes calibration has a say in; the others are for the caller to quantize.
 
+    An error or an interruption leaves the model as it was.
+
     Args:
         model: float.
         decisions: `{name: decision}` of the modules to quantize.
@@ -64,23 +66,17 @@ def quantize_calibrated(
     if isinstance(calibration, str) and calibration == DATA_FREE:
         for name, target in targets.items():
             balance(model.get_submodule(name), target)
-            model = replace_modules(model, {name: _constant(target)})
-        return model, set(targets)
+        return _replaced(model, targets), set(targets)
     if "" in targets:
         raise ValueError(
             "A model that is a single layer has nothing to calibrate with: wrap it in another module."
         )
     batches = calibration_batches(model, calibration, tokenizer, sampling, progress)
-
-    def replace(name: str, target: QuantizedModule) -> None:
-        replace_modules(model, {name: _constant(target)})
-
     missed = calibrate(
         model,
         targets,
         batches,
         compensation=compensation,
-        replace=replace,
         resume_folder=resume_folder,
         progress=progress,
     )
@@ -91,8 +87,17 @@ def quantize_calibrated(
             len(targets),
             ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else ""),
         )
-    return model, set(targets)
+    return _replaced(model, targets), set(targets)
 
 
-def _constant(module: nn.Module) -> Any:
-    return lambda _: module
+def _replaced(model: nn.Module, targets: Mapping[str, QuantizedModule]) -> nn.Module:
+    """All at once and last of all, so that a model is never left half quantized."""
+    return replace_modules(model, {name: _Constant(target) for name, target in targets.items()})
+
+
+class _Constant:
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, _: nn.Module) -> nn.Module:
+        return self.module

@@ -40,8 +40,8 @@ def quantize_model(
     """Quantize a model in memory, in place, one module after the other.
 
     A transformers model can then be saved, pushed, dequantized and reloaded like one that `from_pretrained` quantized.
-    Either all weights can be quantized, or an error is raised and the model is left as it was; but a calibration that
-    fails or is interrupted leaves it half quantized, to be loaded anew.
+    Either all weights can be quantized, or an error is raised and the model is left as it was, also by a calibration
+    that fails or is interrupted.
 
     Args:
         model: any module with float weights, on any device.

@@ -201,6 +201,27 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path):
         quantize_model(copy.deepcopy(model), calibration=batches(1), resume_folder=tmp_path)
 
 
+@pytest.mark.parametrize("calls", [0, 10, 30])
+def test_a_calibration_that_is_interrupted_leaves_the_float_model(calls):
+    model = tiny_models.llama(layers=3).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    left = [calls]
+
+    def interrupt(*_):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[1].mlp.up_proj.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, calibration=batches(0))
+    handle.remove()
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert model.training and all(module.training for module in model.modules())
+    quantize_model(model, calibration=batches(0, 2))  # and can be calibrated again
+
+
 def test_training_mode_and_dtype_are_kept():
     model = tiny_models.llama(dtype=torch.bfloat16).train()
     quantized = quantize_model(copy.deepcopy(model), calibration=batches(0, 2))
