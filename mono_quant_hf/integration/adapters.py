@@ -1,0 +1,295 @@
+"""Adapters of PEFT on quantized modules: trained on the codes as they are, merged in float and rounded again.
+
+PEFT looks for a layer of its own by the class of the module, and a quantized Linear is an `nn.Linear`: its `lora.Linear`
+would train, but add its change to int8 codes when it merges. PEFT's mechanism for custom modules
+(`LoraConfig._register_custom_module`) belongs to one config object and is not saved with an adapter, so it cannot help
+`PeftModel.from_pretrained`. Here torch's hook on the registration of submodules sees PEFT put a quantized module into
+a layer of its own, and gives that layer a class that also inherits from `OnQuantized`. Every way to an adapter leads
+through there, and neither PEFT nor transformers is changed. PEFT is not imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from mono_quant_hf.core import dequantize_codes, sqnr
+from mono_quant_hf.modules import QuantizedModule
+
+logger = logging.getLogger("mono_quant_hf")
+
+DECIBELS_OF_A_BIT = 6
+
+
+class OnQuantized:
+    """Mixin of PEFT's layers whose base layer is quantized.
+
+    PEFT's own methods run unchanged, but see a float module in the place of the quantized one wherever they read or
+    write its weight: the norm of DoRA is that of the dequantized weight, and a merge, safe or not, is one of float32
+    weights, which are quantized again when all went well. The tensors from before are kept for `unmerge`.
+    """
+
+    before_merge: dict[str, nn.Parameter | None]
+    """The parameters of the quantized module as they were, while adapters are merged."""
+
+    def get_base_layer(self) -> nn.Module:
+        """The base layer in float, as PEFT computes with it; the quantized module is the attribute `base_layer`."""
+        base = super().get_base_layer()  # type: ignore[misc]
+        return _float_view(base, self._adapter_dtype()) if isinstance(base, QuantizedModule) else base
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> Any:
+        with self._float_base(lazy=True) as (quantized, view):
+            result = super().update_layer(*args, **kwargs)  # type: ignore[misc]
+        for name in quantized.weight_axes if view is not quantized else ():
+            made = dict.get(view._parameters, name)
+            if made is not None and not torch.equal(made.data, quantized.dequantized(name)):
+                raise ValueError(
+                    f"{_name_of(quantized)} is quantized, and this initialization of the adapter (pissa, olora, corda, "
+                    "loftq and the like) would change its weight; use init_lora_weights=True, or dequantize() the "
+                    "model first."
+                )
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters in float32 and quantize the result; what was merged before is not rounded twice."""
+        quantized = super().get_base_layer()  # type: ignore[misc]
+        if not isinstance(quantized, QuantizedModule):  # PEFT calls itself, on the float module
+            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        already, before = list(self.merged_adapters), dict(quantized._parameters)
+        names = _tuners_utils().check_adapters_to_merge(self, adapter_names)
+        if not names:
+            return None
+        if already:
+            self._put_back(quantized)
+        try:
+            self.merged_adapters = []
+            with self._float_base() as (_, merged):
+                super().merge(safe_merge=safe_merge, adapter_names=[*already, *names])  # type: ignore[misc]
+            unmerged = dict(quantized._parameters)
+            if len(self.merged_adapters) > len(already):
+                quantized._parameters.update(_quantized_again(quantized, merged))
+                self.before_merge = unmerged
+            else:
+                quantized._parameters.update(before)
+        except BaseException:
+            quantized._parameters.update(before)
+            self.merged_adapters = already
+            raise
+
+    def unmerge(self) -> None:
+        """Put the codes, scales, zero-points and bias from before the merge back, to the bit."""
+        quantized = super().get_base_layer()  # type: ignore[misc]
+        if not isinstance(quantized, QuantizedModule) or not self.merged_adapters:
+            return super().unmerge()  # type: ignore[misc]
+        with self._float_base():  # PEFT keeps its books; the weight it computes is thrown away
+            super().unmerge()  # type: ignore[misc]
+        self._put_back(quantized)
+        del self.before_merge
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT leaves in the model when it takes this layer out: the quantized module."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return super().get_base_layer()  # type: ignore[misc]
+
+    def _put_back(self, quantized: QuantizedModule) -> None:
+        for name, kept in self.before_merge.items():
+            now = quantized._parameters[name]
+            if kept is not None and now is not None and kept.device != now.device:
+                kept.data = kept.data.to(now.device)
+            quantized._parameters[name] = kept
+
+    @contextmanager
+    def _float_base(self, lazy: bool = False) -> Iterator[tuple[Any, Any]]:
+        """Put a float module in the place of the base layer; yields the quantized module and the float one."""
+        holder: Any = self
+        while hasattr(holder.base_layer, "base_layer"):
+            holder = holder.base_layer
+        quantized = holder.base_layer
+        if not isinstance(quantized, QuantizedModule):
+            yield quantized, quantized
+            return
+        view = _float_view(quantized, torch.float32) if lazy else quantized.to_float()
+        for name, parameter in quantized._parameters.items():  # a bias, which a merge may add to in place
+            if (
+                not lazy
+                and parameter is not None
+                and name not in quantized.weight_axes
+                and name in view._parameters
+            ):
+                view._parameters[name] = nn.Parameter(parameter.detach().float().clone(), requires_grad=False)
+        holder._modules["base_layer"] = view
+        try:
+            yield quantized, view
+        finally:
+            holder._modules["base_layer"] = quantized
+
+    def _adapter_dtype(self) -> torch.dtype:
+        """The dtype that the adapters compute in; float32 before there are any."""
+        for name in self.adapter_layer_names:  # type: ignore[attr-defined]
+            layers = getattr(self, name, None)
+            for parameter in layers.parameters() if isinstance(layers, nn.Module) else ():
+                if parameter.is_floating_point():
+                    return parameter.dtype
+        return torch.float32
+
+    # Two questions that PEFT asks of every layer, answered without making the float weight.
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return super()._get_in_out_features(super().get_base_layer())  # type: ignore[misc]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        return super().get_base_layer().get_parameter("weight").device, None  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so that pickle would not find it by its name.
+        return _new_instance, (self.peft_class,), self.__dict__.copy()  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=256)
+def on_quantized(peft_class: type[nn.Module]) -> type[nn.Module]:
+    """The form of a layer of PEFT for a quantized base layer."""
+    attributes = {"peft_class": peft_class, "__module__": __name__, "__doc__": peft_class.__doc__}
+    return type(f"{peft_class.__name__}OnQuantized", (OnQuantized, peft_class), attributes)
+
+
+def _new_instance(peft_class: type[nn.Module]) -> nn.Module:
+    cls = on_quantized(peft_class)  # type: ignore[arg-type]  # classes are hashable
+    return cls.__new__(cls)
+
+
+def _adapt(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Hook of torch on every registration of a submodule: see the module docstring."""
+    if name not in _PLACES or (tuners := sys.modules.get("peft.tuners.tuners_utils")) is None:
+        return
+    if name == "original_module":
+        auxiliary = sys.modules["peft.utils.other"].AuxiliaryTrainingWrapper
+        if isinstance(module, QuantizedModule) and isinstance(parent, auxiliary):
+            raise ValueError(
+                f"{_name_of(module)} is quantized and cannot be trained itself, as modules_to_save and "
+                "trainable_token_indices would; target it with an adapter, or keep it in float when the model is "
+                f"loaded: MonoQuantConfig(modules_to_not_convert=[{_name_of(module)!r}])."
+            )
+        return
+    if not isinstance(parent, tuners.BaseTunerLayer) or isinstance(parent, OnQuantized):
+        return
+    base = module
+    while isinstance(base, tuners.BaseTunerLayer):
+        base = base.base_layer
+    if not isinstance(base, QuantizedModule):
+        return
+    kind = type(parent).__module__
+    if type(parent).__name__ == "ParamWrapper":
+        raise ValueError(
+            f"{_name_of(base)} is quantized, and PEFT cannot adapt its parameters (target_parameters): keep it in float "
+            f"with MonoQuantConfig(modules_to_not_convert=[{_name_of(base)!r}]), or target other modules."
+        )
+    if not kind.startswith("peft.tuners.") or kind.split(".")[2] not in METHODS:
+        method = kind.split(".")[2] if kind.startswith("peft.tuners.") else kind
+        raise ValueError(
+            f"{_name_of(base)} is quantized, and adapters of the kind {method!r} are not known to merge into codes "
+            f"correctly; known are {', '.join(METHODS)}. Use one of them, or dequantize() the model first."
+        )
+    parent.__class__ = on_quantized(type(parent))  # type: ignore[arg-type]
+
+
+METHODS = ("lora",)
+"""The methods of PEFT, by the name of their package, that the tests train and merge on quantized modules."""
+
+_PLACES = frozenset({"base_layer", "original_module"})
+
+register_module_module_registration_hook(_adapt)
+
+
+class _MadeOnDemand(dict[str, Any]):
+    """Parameters of which the float weights are made when they are first asked for."""
+
+    def __init__(self, parameters: dict[str, Any], make: Callable[[str], Tensor], names: tuple[str, ...]):
+        super().__init__(parameters)
+        self.make, self.names = make, names
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.names and super().__getitem__(name) is None:
+            self[name] = nn.Parameter(self.make(name), requires_grad=False)
+        return super().__getitem__(name)
+
+
+def _float_view(quantized: QuantizedModule, dtype: torch.dtype) -> nn.Module:
+    """A module of the float class whose weight is dequantized when it is read; the bias is the module's own."""
+    view, names = quantized.without_weights(), tuple(quantized.weight_axes)
+    companions = {companion for name in names for companion in quantized.companions(name)}
+    own = {key: parameter for key, parameter in quantized._parameters.items() if key not in companions}
+    view._parameters = _MadeOnDemand(
+        {**own, **dict.fromkeys(names)}, lambda name: quantized.dequantized(name, dtype), names
+    )
+    return view
+
+
+def _quantized_again(quantized: QuantizedModule, merged: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a quantized module for merged float weights; channels that did not change keep theirs."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name in quantized.weight_axes:
+        weight, before = merged.get_parameter(name).data, quantized.dequantized(name)
+        new = quantized.quantized_tensors(name, weight)
+        scale = new.get(f"{name}_scale")
+        over = [d for d in range(weight.dim()) if scale is not None and scale.shape[d] == 1]
+        changed = weight != before
+        changed = changed.any(dim=over, keepdim=True) if over else changed
+        for key, tensor in new.items():
+            old = quantized.get_parameter(key)
+            if key != "vector_dtype":
+                parameters[key] = nn.Parameter(torch.where(changed, tensor, old.data), requires_grad=False)
+        rounded = _weight_of(name, parameters)
+        _tell_rounding(f"{_name_of(quantized)}.{name}", quantized.weights, weight, before, rounded)
+    bias, merged_bias = quantized._parameters.get("bias"), merged._parameters.get("bias")
+    if bias is not None and merged_bias is not None and not torch.equal(merged_bias.data, bias.data.float()):
+        parameters["bias"] = nn.Parameter(merged_bias.data.to(bias.dtype), requires_grad=bias.requires_grad)
+    return parameters
+
+
+def _weight_of(name: str, parameters: dict[str, nn.Parameter]) -> Tensor:
+    stored, scale = parameters[name].data, parameters.get(f"{name}_scale")
+    if scale is None:
+        return stored.float()
+    zero_point = parameters.get(f"{name}_zero_point")
+    return dequantize_codes(stored, scale.data, None if zero_point is None else zero_point.data)
+
+
+def _tell_rounding(name: str, weights: str, merged: Tensor, before: Tensor, rounded: Tensor) -> None:
+    """Log what the rounding of a merged weight costs, and warn, once for every six decibels."""
+    of_change = sqnr(merged - before, rounded - before)
+    logger.info(
+        "%s: merged with an SQNR of %.1f dB, %.1f dB of the change that the adapter makes",
+        name,
+        sqnr(merged, rounded),
+        of_change,
+    )
+    if math.isinf(of_change):
+        return
+    low = math.floor(of_change / DECIBELS_OF_A_BIT) * DECIBELS_OF_A_BIT
+    warnings.warn(
+        f"Merging an adapter into {weights} weights rounds them again: the change it makes keeps an SQNR of "
+        f"{low} to {low + DECIBELS_OF_A_BIT} dB in some layer (logger mono_quant_hf, level INFO: in each). To lose "
+        "nothing, keep the adapter apart, or dequantize() the model before merging.",
+        stacklevel=2,
+    )
+
+
+def _name_of(quantized: QuantizedModule) -> str:
+    return quantized.module_name or type(quantized).__name__
+
+
+def _tuners_utils() -> Any:
+    return sys.modules["peft.tuners.tuners_utils"]
