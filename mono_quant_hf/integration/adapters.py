@@ -47,12 +47,19 @@ class OnQuantized:
         base = super().get_base_layer()  # type: ignore[misc]
         return _float_view(base, self._adapter_dtype()) if isinstance(base, QuantizedModule) else base
 
+    @property
+    def weight(self) -> Tensor:
+        """The codes, which other modules may ask for their dtype, as they would of the quantized module."""
+        return super().get_base_layer().weight  # type: ignore[misc]
+
     def update_layer(self, *args: Any, **kwargs: Any) -> Any:
         with self._float_base(lazy=True) as (quantized, view):
             result = super().update_layer(*args, **kwargs)  # type: ignore[misc]
         for name in quantized.weight_axes if view is not quantized else ():
             made = dict.get(view._parameters, name)
-            if made is not None and not torch.equal(made.data, quantized.dequantized(name)):
+            if made is None or made.is_meta:  # offloaded; no initialization reads it
+                continue
+            if not torch.equal(made.data, quantized.dequantized(name)):
                 raise ValueError(
                     f"{_name_of(quantized)} is quantized, and this initialization of the adapter (pissa, olora, corda, "
                     "loftq and the like) would change its weight; use init_lora_weights=True, or dequantize() the "
@@ -65,6 +72,11 @@ class OnQuantized:
         quantized = super().get_base_layer()  # type: ignore[misc]
         if not isinstance(quantized, QuantizedModule):  # PEFT calls itself, on the float module
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        if getattr(getattr(quantized, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"{_name_of(quantized)} is offloaded, where PEFT would lose what is merged; load the model without "
+                "offload to merge adapters."
+            )
         already, before = list(self.merged_adapters), dict(quantized._parameters)
         names = _tuners_utils().check_adapters_to_merge(self, adapter_names)
         if not names:
@@ -193,8 +205,8 @@ def _adapt(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     kind = type(parent).__module__
     if type(parent).__name__ == "ParamWrapper":
         raise ValueError(
-            f"{_name_of(base)} is quantized, and PEFT cannot adapt its parameters (target_parameters): keep it in float "
-            f"with MonoQuantConfig(modules_to_not_convert=[{_name_of(base)!r}]), or target other modules."
+            f"{_name_of(base)} is quantized, and PEFT cannot adapt its parameters (target_parameters): keep it in "
+            f"float with MonoQuantConfig(modules_to_not_convert=[{_name_of(base)!r}]), or target other modules."
         )
     if not kind.startswith("peft.tuners.") or kind.split(".")[2] not in METHODS:
         method = kind.split(".")[2] if kind.startswith("peft.tuners.") else kind

@@ -1,10 +1,13 @@
 """PEFT's adapters on quantized modules: trained, saved, merged and taken out again."""
 
 import copy
+import importlib.util
 import pickle
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,8 @@ from transformers import (
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.core import quantize_to_codes
 from mono_quant_hf.modules import QuantizedEmbedding, QuantizedModule
-from tests.tiny_models import TOKENS, llama, logits, relative_error, resnet
+from tests.evaluation.conftest import TEXT, make_tokenizer
+from tests.tiny_models import IMAGES, TOKENS, llama, logits, relative_error, resnet
 
 from .families import FAMILIES
 
@@ -130,7 +134,7 @@ def test_trainer_lowers_the_loss_and_leaves_the_codes(tmp_path, kind, config):
     assert_same_codes(model, before)
 
 
-@pytest.mark.parametrize("arguments", [{"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize("arguments", [{"activation_checkpointing": True}, {"bf16": True}], ids=str)
 def test_trainer_with_checkpointing_and_mixed_precision(tmp_path, arguments):
     quantized = quantize_model(llama(), MonoQuantConfig())
     before = codes(quantized)
@@ -225,7 +229,9 @@ def test_a_broken_adapter_leaves_everything_as_it_was():
     layer.merge()
     before = codes(model)
     for safe in (True, False):
-        with pytest.raises(ValueError, match="broken|q_proj.weight cannot be quantized. The weight contains"):
+        with pytest.raises(
+            ValueError, match=r"broken|q_proj\.weight cannot be quantized. The weight contains"
+        ):
             layer.merge(safe_merge=safe, adapter_names=["broken"])
         assert layer.merged_adapters == ["default"]
         assert_same_codes(model, before)
@@ -302,15 +308,17 @@ def test_dora_sees_the_dequantized_weight():
 @pytest.mark.parametrize("make, targets", [MODELS["Linear"], MODELS["Conv2d"]], ids=["Linear", "Conv2d"])
 def test_bfloat16_adapters(make, targets, dropout):
     model = adapted(make, targets, use_dora=True, lora_dropout=dropout)
-    expected = logits(model)
+    inputs = {"input_ids": TOKENS} if make is llama else {"pixel_values": IMAGES}
+    with torch.no_grad():
+        expected = model(**inputs).logits
     model = model.to(torch.bfloat16)
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
-    assert relative_error(logits(model), expected) < 0.1
-    model.train()
-    inputs = (
-        {"input_ids": TOKENS} if make is llama else {"pixel_values": torch.randn(4, 3, 32, 32).bfloat16()}
-    )
-    model(**inputs).logits.float().sum().backward()
+    inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+    with torch.no_grad():
+        assert relative_error(model(**inputs).logits, expected) < 0.1
+    model.train()(**inputs).logits.float().sum().backward()
+    with pytest.warns(UserWarning, match="SQNR"):
+        model.merge_adapter()
 
 
 @kinds
@@ -327,10 +335,13 @@ def test_adapters_are_saved_and_loaded_in_every_way(tmp_path, kind):
     lean = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), adapter, low_cpu_mem_usage=True
     )
+    loaded_by_peft = [by_peft, lean, AutoPeftModelForCausalLM.from_pretrained(adapter)]
     by_transformers = AutoModelForCausalLM.from_pretrained(base)
     by_transformers.load_adapter(str(adapter))
-    folder = AutoModelForCausalLM.from_pretrained(adapter)
-    for loaded in (by_peft, lean, AutoPeftModelForCausalLM.from_pretrained(adapter), by_transformers, folder):
+    by_folder = AutoModelForCausalLM.from_pretrained(adapter)
+    # transformers 5.23 loses the magnitudes of DoRA, of float models too
+    by_others = [] if "use_dora" in kind else [by_transformers, by_folder]
+    for loaded in loaded_by_peft + by_others:
         assert torch.equal(logits(loaded.eval()), expected)
     for loaded in (by_peft, lean):
         merged = loaded.merge_and_unload(safe_merge=True)
@@ -351,7 +362,7 @@ def test_copies(survive):
     assert torch.equal(logits(again), expected) and not torch.equal(logits(model), expected)
 
 
-def test_offloaded_layers_merge(tmp_path):
+def test_offloaded_layers_do_not_merge(tmp_path):
     llama().save_pretrained(tmp_path / "float")
     quantized = AutoModelForCausalLM.from_pretrained(
         tmp_path / "float",
@@ -360,14 +371,14 @@ def test_offloaded_layers_merge(tmp_path):
                     "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"},
         offload_folder=tmp_path / "offload",
     )  # fmt: skip
-    model = shake(get_peft_model(quantized, LoraConfig(target_modules=["q_proj"]))).eval()
-    expected = logits(model)
-    assert 0 < relative_error(logits(model.merge_and_unload()), expected) < 0.1
+    model = get_peft_model(quantized, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="is offloaded, where PEFT would lose what is merged"):
+        model.base_model.model.model.layers[1].self_attn.q_proj.merge()
 
 
 REFUSED = {
     "pissa": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights=True"),
-    "loftq": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "olora"}, "init_lora_weights=True"),
+    "olora": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "olora"}, "init_lora_weights=True"),
     "modules_to_save": (
         llama,
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
@@ -421,3 +432,31 @@ def test_float_modules_are_left_to_peft():
 def test_the_package_does_not_import_peft():
     code = "import sys, mono_quant_hf; sys.exit('peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def example():
+    path = Path(__file__).parents[2] / "examples" / "lora.py"
+    spec = importlib.util.spec_from_file_location("lora_example", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_example(example, tmp_path, capsys, kind):
+    llama().save_pretrained(tmp_path / "float")
+    make_tokenizer().save_pretrained(tmp_path / "float")
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    where = [str(tmp_path / "float"), "--text-file", str(tmp_path / "text.txt"), "--output", str(out)]
+    assert example([*where, "--kind", kind, "--steps", "10", "--window", "8", "--learning-rate", "1e-2"]) == 0
+    said = capsys.readouterr().out
+    first, last = re.search(r"loss: ([\d.]+) at first, ([\d.]+) at last", said).groups()
+    assert float(last) < float(first)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(out / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()
+    assert [module for module in merged.modules() if isinstance(module, QuantizedModule)]
+    assert relative_error(logits(merged), logits(adapted)) < 0.1
+    assert example([*where, "--window", "100000"]) == 2
+    assert "fewer than --window" in capsys.readouterr().err
