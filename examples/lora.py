@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         use_rslora=arguments.kind == "rslora",
         use_dora=arguments.kind == "dora",
     )
-    model = get_peft_model(quantized, config)
+    model: Any = get_peft_model(quantized, config)
     model.print_trainable_parameters()
     trainer = Trainer(
         model=model,
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
             save_strategy="no",
             report_to=[],
         ),
-        train_dataset=[{"input_ids": window, "labels": window} for window in windows],  # type: ignore[arg-type]
+        train_dataset=[{"input_ids": window, "labels": window} for window in windows],
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -79,7 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
     model.eval()
     with torch.no_grad():
         apart = model(input_ids=probe).logits
-        merged = model.merge_and_unload(safe_merge=True)  # rounds the merged weights, and says what it costs
+        merged: Any = model.merge_and_unload(
+            safe_merge=True
+        )  # rounds the merged weights, and says what it costs
         together = merged(input_ids=probe).logits
     same = (apart.argmax(-1) == together.argmax(-1)).float().mean()
     print(f"merged: the same next token as with the adapter apart in {100 * same:.1f} % of places")

@@ -1,11 +1,23 @@
 """Adapters of PEFT on quantized modules: trained on the codes as they are, merged in float and rounded again.
 
-PEFT looks for a layer of its own by the class of the module, and a quantized Linear is an `nn.Linear`: its `lora.Linear`
-would train, but add its change to int8 codes when it merges. PEFT's mechanism for custom modules
+PEFT looks for a layer of its own by the class of the module, and a quantized Linear is an `nn.Linear`: its
+`lora.Linear` would train, but add its change to int8 codes when it merges. PEFT's mechanism for custom modules
 (`LoraConfig._register_custom_module`) belongs to one config object and is not saved with an adapter, so it cannot help
 `PeftModel.from_pretrained`. Here torch's hook on the registration of submodules sees PEFT put a quantized module into
 a layer of its own, and gives that layer a class that also inherits from `OnQuantized`. Every way to an adapter leads
 through there, and neither PEFT nor transformers is changed. PEFT is not imported.
+
+Example:
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from mono_quant_hf import quantize_model
+    >>> model = quantize_model(torch.nn.Sequential(torch.nn.Linear(16, 4)))
+    >>> model = get_peft_model(model, LoraConfig(target_modules=["0"], r=2))
+    >>> type(model.base_model.model[0]).__name__, model(torch.ones(1, 16)).requires_grad
+    ('LinearOnQuantized', True)
+    >>> model.merge_and_unload()
+    Sequential(
+      (0): QuantizedLinear(in_features=16, out_features=4, bias=True, weights=int8, asymmetric)
+    )
 """
 
 from __future__ import annotations
@@ -41,6 +53,7 @@ class OnQuantized:
 
     before_merge: dict[str, nn.Parameter | None]
     """The parameters of the quantized module as they were, while adapters are merged."""
+    merged_adapters: list[str]
 
     def get_base_layer(self) -> nn.Module:
         """The base layer in float, as PEFT computes with it; the quantized module is the attribute `base_layer`."""
