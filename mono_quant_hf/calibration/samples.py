@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,9 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
     length = _length(model, sampling)
     device = next(p.device for p in model.parameters())
     generator = torch.Generator().manual_seed(sampling.seed)
+    # transformers 5.24 renamed it
+    parameters = inspect.signature(model.forward).parameters
+    cache_name = "cache" if "cache" in parameters else "past_key_values"
     rows = []
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -140,11 +144,9 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
                 written, cache = [tokens], None
                 bar.update(count)
                 for _ in range(length - 1):
-                    output = model(input_ids=tokens.to(device), past_key_values=cache, use_cache=True)
-                    cache = output.past_key_values
-                    # drawn on the CPU, whose numbers are the same whatever the model runs on
-                    likely = output.logits[:, -1].float().softmax(-1).cpu()
-                    tokens = torch.multinomial(likely, 1, generator=generator)
+                    output = model(input_ids=tokens.to(device), use_cache=True, **{cache_name: cache})
+                    cache = getattr(output, cache_name)
+                    tokens = _draw(output.logits[:, -1].float().softmax(-1).cpu(), generator)
                     written.append(tokens)
                     bar.update(count)
                 rows.append(torch.cat(written, dim=1))
@@ -152,6 +154,19 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
         for module in training:
             module.training = True
     return torch.cat(rows)
+
+
+def _draw(likely: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for each row `[rows, vocabulary]` of probabilities, `[rows, 1]`, with one random number for each.
+
+    By the inverse of the cumulative distribution: `torch.multinomial` draws a random number for every token of the
+    vocabulary, which took a fifth of the time. On the CPU, whose numbers are the same whatever the model runs on.
+    """
+    cumulative = likely.double().cumsum(-1)
+    chance = torch.rand(len(likely), 1, generator=generator, dtype=torch.float64)
+    # right=True: the first token whose sum is above, so that one of probability 0 is never drawn
+    drawn = torch.searchsorted(cumulative, chance * cumulative[:, -1:], right=True)
+    return drawn.clamp_(max=likely.shape[-1] - 1)
 
 
 # Rows that are written side by side: more are hardly faster, and hold more keys and values.

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Conv1D, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
-from mono_quant_hf.calibration import Compensation, Sampling, calibration_batches
+from mono_quant_hf.calibration import Compensation, Sampling, calibration_batches, write_text
 from mono_quant_hf.calibration.stages import Blocks
 from mono_quant_hf.modules import QuantizedModule
 from tests import tiny_models
@@ -239,6 +239,16 @@ def test_self_calibration_is_reproducible_for_a_seed():
     assert same_codes(first, again) and not same_codes(first, other)
     plain = quantize_model(copy.deepcopy(model))
     assert logits_error(model, first) < logits_error(model, plain)
+
+
+def test_text_is_drawn_from_the_distribution_of_the_model():
+    model = tiny_models.llama()
+    rows = write_text(model, Sampling(samples=4000, length=2))
+    with torch.no_grad():
+        expected = model(input_ids=rows[:1, :1]).logits[0, -1].softmax(-1)
+    found = rows[:, 1].bincount(minlength=len(expected)) / len(rows)
+    # the error of a share p of n draws has the variance p (1 - p) / n
+    assert bool(((found - expected).abs() < 5 * (expected / len(rows)).sqrt() + 1e-3).all())
 
 
 @pytest.mark.parametrize(
