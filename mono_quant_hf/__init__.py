@@ -13,7 +13,7 @@ if (_autoload := sys.modules.get("mono_quant_hf_autoload")) is not None:
     _autoload.disarm()
 
 from .config import MonoQuantConfig
-from .integration import MonoQuantHfQuantizer, quantize_model
+from .integration import MonoQuantHfQuantizer, load_quantized, quantize_model, save_quantized
 
 if TYPE_CHECKING:
     from .hub import push_to_hub
@@ -23,7 +23,15 @@ try:
 except PackageNotFoundError:  # used from a source folder that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["MonoQuantConfig", "MonoQuantHfQuantizer", "__version__", "push_to_hub", "quantize_model"]
+__all__ = [
+    "MonoQuantConfig",
+    "MonoQuantHfQuantizer",
+    "__version__",
+    "load_quantized",
+    "push_to_hub",
+    "quantize_model",
+    "save_quantized",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -38,14 +38,24 @@ def checksums_of(model: PreTrainedModel) -> str:
     """
     ignored = set(model._keys_to_ignore_on_save or ())
     reversed_conversions = [c.reverse_transform() for c in getattr(model, "_weight_conversions", None) or ()]
-    entries = []
+    tensors = []
     for name, tensor in remove_tied_weights_from_state_dict(dict(model.state_dict()), model).items():
         if name in ignored or any(c.rename_source_key(name)[1] is not None for c in reversed_conversions):
             continue
         if not isinstance(tensor, Tensor) or type(tensor).__name__ == "DTensor":
             continue  # extra state, or a shard of a tensor that is gathered later
         stored = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
-        entries.append(ENTRY.pack(zlib.crc32(name.encode()), fingerprint(stored)))
+        tensors.append((name, fingerprint(stored)))
+    return _encoded(tensors)
+
+
+def checksums_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The checksums of named tensors, as base64 text."""
+    return _encoded((name, fingerprint(tensor)) for name, tensor in tensors)
+
+
+def _encoded(fingerprints: Iterable[tuple[str, int]]) -> str:
+    entries = [ENTRY.pack(zlib.crc32(name.encode()), found) for name, found in fingerprints]
     return base64.b64encode(b"".join(sorted(entries))).decode()
 
 

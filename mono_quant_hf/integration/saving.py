@@ -1,0 +1,305 @@
+"""`save_quantized` and `load_quantized`: for models that are no transformers models (diffusers, timm, your own)."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+
+from .checkpoint import StoredTensor, check_stored_tensors, read_headers
+from .fingerprints import check_fingerprints, checksums_of_tensors
+from .replacement import replace_modules
+
+CONFIG_FILE = "config.json"
+WEIGHTS_PATTERN = "model{suffix}.safetensors"
+
+
+def config_of_modules(model: nn.Module) -> MonoQuantConfig:
+    """The config that says how each module of a model is quantized, whichever way it came to be.
+
+    The fields are those of most quantized modules; the others, and those in float, are overrides by their full name.
+
+    Raises:
+        ValueError: no module is quantized.
+    """
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            kinds[name] = {"weights": module.weights}
+            if module.weights == "int8":
+                kinds[name]["symmetric"] = module.symmetric
+        elif quantized_class_for(module) is not None:
+            kinds[name] = {"weights": "float"}
+    counts = Counter(json.dumps(kind) for kind in kinds.values() if kind["weights"] != "float")
+    if not counts:
+        raise ValueError(
+            f"{type(model).__name__} holds no quantized module; quantize it first (quantize_model)."
+        )
+    usual = json.loads(counts.most_common(1)[0][0])
+    overrides = {name: kind for name, kind in kinds.items() if kind != usual}
+    tables = any(isinstance(m, QuantizedModule) and isinstance(m, nn.Embedding) for m in model.modules())
+    return MonoQuantConfig(**usual, module_overrides=overrides or None, quantize_embeddings=tables)
+
+
+def save_quantized(
+    model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+) -> None:
+    """Save any quantized module: safetensors, in shards where large, and a config.json with a checksum of each tensor.
+
+    A transformers model has `save_pretrained` for that. The config of a diffusers model is saved too, so that
+    `load_quantized` needs its class alone.
+
+    Args:
+        model: with quantized modules, not offloaded.
+        folder: to write into; made if it is not there, and must hold nothing. It is there whole or not at all.
+        max_shard_size: the largest file, in bytes or as `"5GB"`.
+
+    Raises:
+        TypeError: `model` is a transformers model, or no module.
+        ValueError: nothing in it is quantized, or it is offloaded.
+        FileExistsError: `folder` holds files already.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from mono_quant_hf import load_quantized, quantize_model, save_quantized
+        >>> def make():
+        ...     return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> model = quantize_model(make()).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_quantized(model, folder)
+        ...     again = load_quantized(make, folder)
+        >>> x = torch.randn(1, 3, 3, 3)
+        >>> torch.equal(model(x), again(x))
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save_quantized saves an nn.Module, not a {type(model).__name__}.")
+    if isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is a transformers model; save it with model.save_pretrained(...)."
+        )
+    config = config_of_modules(model)
+    tensors = model.state_dict()
+    offloaded = next((name for name, tensor in tensors.items() if _is_meta(tensor)), None)
+    if offloaded is not None:
+        raise ValueError(f"{offloaded} is offloaded; save the model from one device.")
+    extra = next((name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)), None)
+    if extra is not None:
+        raise ValueError(f"{extra} is extra state, no tensor, and cannot be saved as safetensors.")
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is there already; name a new folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        # A folder of its own inside: the scratch folder is readable by its owner only, what is kept shall not be.
+        new = Path(scratch) / "new"
+        new.mkdir()
+        save_torch_state_dict(tensors, new, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
+        written = read_headers([str(file) for file in sorted(new.glob("*.safetensors"))])
+        config.checksums = checksums_of_tensors((name, tensors[name]) for name in written)
+        content = _own_config(model) | {"quantization_config": config.to_dict()}
+        (new / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        new.rename(target)
+
+
+def load_quantized(
+    model: nn.Module | Callable[[], nn.Module],
+    folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Load what `save_quantized` saved, in evaluation mode: the same outputs, bit for bit.
+
+    Args:
+        model: a diffusers class, made with the config in the folder; or a function without arguments that makes the
+            float model (called such that its parameters take no memory); or a float model, which is changed in place,
+            its weights given up.
+        folder: on this machine; `huggingface_hub.snapshot_download` brings one from the Hub.
+        device: where the tensors go.
+
+    Returns:
+        The model (a model that is a single layer is returned as another object).
+
+    Raises:
+        TypeError: `model` is none of these.
+        FileNotFoundError: the folder lacks its config or a file of weights.
+        ValueError: the folder holds no model quantized by mono_quant_hf, a file is damaged, or the tensors are not
+            those of this model; the message names them.
+    """
+    source = Path(folder)
+    content = _read_config(source)
+    config = MonoQuantConfig.from_dict(content["quantization_config"])
+    files = _weight_files(source)
+    stored = read_headers(files)
+    skeleton = _skeleton(model, source)
+    if any(isinstance(module, QuantizedModule) for module in skeleton.modules()):
+        raise ValueError(
+            f"{type(skeleton).__name__} is quantized already; give load_quantized the float model."
+        )
+    skeleton = replace_modules(skeleton, _makers(skeleton, config))
+    names = _names_of_tensors(skeleton)
+    check_stored_tensors(skeleton, stored, lambda name: [name])
+    _check_names(skeleton, names, stored)
+    if config.checksums is not None:
+        check_fingerprints(files, config.checksums, names)
+    _fill(skeleton, names, stored, device)
+    waiting = next((name for name, tensor in skeleton.named_buffers() if tensor.is_meta), None)
+    if waiting is not None:
+        raise ValueError(
+            f"{waiting} is on the meta device and in no checkpoint; give load_quantized a function that makes the "
+            "model, or a model that was made on a real device."
+        )
+    return skeleton.to(device).eval()
+
+
+def _own_config(model: nn.Module) -> dict[str, Any]:
+    """The config of a diffusers model as it would save it; empty for a model without one."""
+    to_json_string = getattr(model, "to_json_string", None)
+    return dict(json.loads(to_json_string())) if callable(to_json_string) else {}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; name a folder that save_quantized wrote.")
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{file} is damaged ({problem}); download or save the model again.") from problem
+    quantization = content.get("quantization_config") if isinstance(content, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{file} is not of a model that mono_quant_hf quantized; load it as a float model.")
+    return dict(content)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a folder: those of the index, where there is one."""
+    names = {file.name for file in folder.glob("*.safetensors")}
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise ValueError(f"{index} is damaged; download or save the model again.") from problem
+    missing = sorted(name for name in names if not (folder / str(name)).is_file())
+    if missing or not names:
+        raise FileNotFoundError(
+            f"{folder / (missing or ['model.safetensors'])[0]} is missing; download or save again."
+        )
+    return [str(folder / name) for name in sorted(names)]
+
+
+def _skeleton(model: Any, folder: Path) -> nn.Module:
+    if isinstance(model, nn.Module):
+        made = model
+    elif callable(model):
+        with init_empty_weights(include_buffers=False):
+            if hasattr(model, "load_config") and hasattr(model, "from_config"):  # a class of diffusers
+                made = model.from_config(model.load_config(folder))
+            else:
+                made = model()
+    else:
+        made = None
+    if not isinstance(made, nn.Module):
+        raise TypeError(
+            "load_quantized needs a float model, a function without arguments that makes one, or a diffusers class, "
+            f"not {model!r}."
+        )
+    if isinstance(made, PreTrainedModel):
+        raise TypeError(f"{type(made).__name__} is a transformers model; load it with from_pretrained.")
+    return made
+
+
+def _makers(model: nn.Module, config: MonoQuantConfig) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What `replace_modules` needs to make every module what the config says."""
+    usual = {"weights": config.weights, "symmetric": config.symmetric}
+    makers: dict[str, Callable[[nn.Module], nn.Module]] = {}
+    for name, module in model.named_modules():
+        quantized_class = quantized_class_for(module)
+        settings = {**usual, **(config.module_overrides or {}).get(name, {})}
+        if quantized_class is not None and settings["weights"] != "float":
+            makers[name] = _Twin(quantized_class, settings, name)
+    return makers
+
+
+class _Twin:
+    """Makes the quantized module with room for the tensors to come."""
+
+    def __init__(self, quantized_class: type[QuantizedModule], settings: dict[str, Any], name: str):
+        self.quantized_class, self.settings, self.name = quantized_class, settings, name
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        return self.quantized_class.empty_like(
+            module, self.settings["weights"], bool(self.settings["symmetric"]), name=self.name
+        )
+
+
+def _names_of_tensors(model: nn.Module) -> dict[str, list[str]]:
+    """`{name: every name of that tensor, itself included}` of what a checkpoint of the model holds."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            groups.setdefault(id(tensor), []).append(name)
+    return {name: group for group in groups.values() for name in group}
+
+
+def _check_names(model: nn.Module, names: dict[str, list[str]], stored: dict[str, StoredTensor]) -> None:
+    kind = type(model).__name__
+    unknown = next((name for name in stored if name not in names), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{unknown} in {stored[unknown].file} is no tensor of {kind}; is it another model's?"
+        )
+    missing = next((name for name, group in names.items() if not any(n in stored for n in group)), None)
+    if missing is not None:
+        raise ValueError(
+            f"{missing} of {kind} is missing from the checkpoint; save the quantized model again."
+        )
+    expected = model.state_dict()
+    for name, found in stored.items():
+        shape = tuple(expected[name].shape)
+        if found.shape != shape:
+            raise ValueError(
+                f"{name} in {found.file} has shape {list(found.shape)} where {kind} has {list(shape)}; "
+                "is it the checkpoint of another model?"
+            )
+
+
+def _fill(
+    model: nn.Module,
+    names: dict[str, list[str]],
+    stored: dict[str, StoredTensor],
+    device: str | torch.device,
+) -> None:
+    """Put the tensors of the files in the place of the model's own; those that were one stay one."""
+    for file in sorted({entry.file for entry in stored.values()}):
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            for key in tensors.keys():  # noqa: SIM118  not a dict
+                tensor = tensors.get_tensor(key)
+                owner, _, last = key.rpartition(".")
+                old = model.get_submodule(owner)._parameters.get(last)
+                new = tensor if old is None else nn.Parameter(tensor, requires_grad=old.requires_grad)
+                for name in names[key]:
+                    owner, _, last = name.rpartition(".")
+                    module = model.get_submodule(owner)
+                    place: dict[str, Any] = module._buffers if old is None else module._parameters
+                    place[last] = new
+
+
+def _is_meta(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_meta
