@@ -13,10 +13,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CHECKED := mono_quant_hf tests $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-versions lint format clean
 
 help:  ## say what can be made
-	@sed -nE 's/^([a-z]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
 	@echo 'VENV=$(VENV) is the virtual environment, PYTHON=$(PYTHON) the interpreter it is made with,'
 	@echo 'ARGS= goes to the demo or to pytest.'
@@ -26,6 +26,9 @@ demo: $(VENV)/.demo  ## quantize a real language model, and say what it costs an
 
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-versions:  ## run them with the oldest and the newest torch, transformers and accelerate, in two more environments
+	$(PYTHON) .ci/test_versions.py $(ARGS)
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .
@@ -37,7 +40,7 @@ format: $(VENV)/.lint  ## put the code into shape
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and every cache of the tools
-	rm -rf $(VENV) .ci-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .ci-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is one step of the set-up; a step is run again when what it installs was changed.

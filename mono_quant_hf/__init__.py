@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 if (_autoload := sys.modules.get("mono_quant_hf_autoload")) is not None:
     _autoload.disarm()
 
-from .config import MonoQuantConfig
-from .integration import MonoQuantHfQuantizer, load_quantized, quantize_model, save_quantized
+from .versions import check_versions
+
+check_versions()  # before what would fail on another version
+
+from .config import MonoQuantConfig  # noqa: E402
+from .integration import MonoQuantHfQuantizer, load_quantized, quantize_model, save_quantized  # noqa: E402
 
 if TYPE_CHECKING:
     from .hub import push_to_hub

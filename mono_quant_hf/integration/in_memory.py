@@ -21,6 +21,7 @@ from .calibrated import quantize_calibrated
 from .quantizer import MonoQuantHfQuantizer
 from .replacement import replace_modules
 from .resizing import make_resizable
+from .saving import config_of_modules
 from .selection import Decision, decide, log_summary
 from .tags import add_tags
 from .tying import declare_tied_companions, share_storage, tied_modules
@@ -114,6 +115,12 @@ def quantize_model(
         declare_tied_companions(model)
         make_resizable(model)
         _attach_quantizer(model, config, decisions)
+    elif callable(register := getattr(model, "register_to_config", None)) and any(
+        d.quantized for d in decisions
+    ):
+        # diffusers has no registry for quantizers of others: saved by itself, with this in its config, it refuses to
+        # load the model, which load_quantized does, and does not read codes as weights.
+        register(quantization_config=config_of_modules(model).to_dict())
     log_summary(model, decisions)
     return model
 

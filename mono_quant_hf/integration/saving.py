@@ -126,6 +126,9 @@ def load_quantized(
 ) -> Any:
     """Load what `save_quantized` saved, in evaluation mode: the same outputs, bit for bit.
 
+    What no checkpoint holds (non-persistent buffers, such as positions) is as the class makes it; after a model was
+    saved in half precision, `.to(dtype)` casts that too, and leaves codes and scales as they are.
+
     Args:
         model: a diffusers class, made with the config in the folder; or a function without arguments that makes the
             float model (called such that its parameters take no memory); or a float model, which is changed in place,
@@ -153,7 +156,7 @@ def load_quantized(
             f"{type(skeleton).__name__} is quantized already; give load_quantized the float model."
         )
     skeleton = replace_modules(skeleton, _makers(skeleton, config))
-    names = _names_of_tensors(skeleton)
+    names = _names_of_tensors(skeleton, files)
     check_stored_tensors(skeleton, stored, lambda name: [name])
     _check_names(skeleton, names, stored)
     if config.checksums is not None:
@@ -249,13 +252,26 @@ class _Twin:
         )
 
 
-def _names_of_tensors(model: nn.Module) -> dict[str, list[str]]:
-    """`{name: every name of that tensor, itself included}` of what a checkpoint of the model holds."""
-    groups: dict[int, list[str]] = {}
+def _names_of_tensors(model: nn.Module, files: list[str]) -> dict[str, list[str]]:
+    """`{name: every name of that tensor, itself included}` of what a checkpoint of the model holds.
+
+    Which tensors are one is known from the model, but not where it was made without memory, and from the metadata of
+    the files, where huggingface_hub notes under which name a tensor that has several was written.
+    """
+    names: dict[str, list[str]] = {}
+    by_tensor: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
-            groups.setdefault(id(tensor), []).append(name)
-    return {name: group for group in groups.values() for name in group}
+            names[name] = by_tensor.setdefault(id(tensor), [])
+            names[name].append(name)
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            noted = tensors.metadata() or {}
+        for left_out, written in noted.items():
+            if left_out in names and written in names and names[left_out] is not names[written]:
+                names[written] += names[left_out]
+                names |= dict.fromkeys(names[left_out], names[written])
+    return names
 
 
 def _check_names(model: nn.Module, names: dict[str, list[str]], stored: dict[str, StoredTensor]) -> None:

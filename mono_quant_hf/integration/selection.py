@@ -208,12 +208,15 @@ def _default_skips(
 ) -> dict[str, str]:
     """`{module name: reason}` for what is left in float whatever the user says, unless it is `chosen`."""
     reasons = modules_whose_weight_is_read(model, weights)
+    # Models of transformers and of diffusers have the first of the two.
+    fields = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    kept = [pattern for field in fields for pattern in getattr(model, field, None) or ()]
+    for name in candidates:
+        if kept and not should_convert_module(name, kept):
+            reasons[name] = "the model keeps it in float32"
     if isinstance(model, PreTrainedModel):
-        kept = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
         heads = get_keys_to_not_convert(model)
         for name in candidates:
-            if kept and not should_convert_module(name, kept):
-                reasons[name] = "the model keeps it in float32"
             if name not in chosen and any(name == key or name.startswith(f"{key}.") for key in heads):
                 reasons[name] = "output head or tied weight"
     users: dict[int, list[str]] = {}
@@ -253,12 +256,13 @@ def _keep_dtype_of_model(
 ) -> list[Decision]:
     """Leave the module in float whose scales would pass for the dtype of a (sub)model.
 
-    `PreTrainedModel.dtype`, by which models cast their inputs and which is saved in config.json, is the dtype of the
-    first floating-point parameter. int8 codes are none, so where a module without bias comes first, its scales are.
+    `dtype` of the models of transformers and diffusers, by which inputs are cast and which is saved in config.json, is
+    the dtype of the first floating-point parameter. int8 codes are none, so where a module without bias comes first,
+    its scales are.
     """
     by_name = {decision.module: decision for decision in decisions}
     for prefix, part in model.named_modules():
-        if not isinstance(part, PreTrainedModel):
+        if not isinstance(getattr(type(part), "dtype", None), property):
             continue
         for name, parameter in part.named_parameters():
             if not parameter.is_floating_point():
