@@ -18,7 +18,7 @@ RANGES = ("torch", "transformers", "accelerate")
 
 
 def ranges() -> dict[str, str]:
-    """`{package: range}`, such as `{"torch": ">=2.10,<2.16"}`."""
+    """`{package: range}`, such as `{"torch": ">=2.13,<2.16"}`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     dependencies = [text.partition(">=") for text in project["dependencies"]]
     return {name: f">={bounds}" for name, _, bounds in dependencies if name in RANGES}
