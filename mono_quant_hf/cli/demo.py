@@ -21,6 +21,8 @@ from mono_quant_hf.evaluation import perplexity
 from mono_quant_hf.modules import QuantizedLinear
 
 from .errors import CommandError
+from .models import check_output_files
+from .output import add_json_argument, prints_text, show
 from .smollm2 import NAME, smollm2_folder
 
 PROMPT = "What is the capital of France, and what is it known for?"
@@ -56,6 +58,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--tokens", type=int, default=4096, help="length of the text for perplexity (4096)")
     command.add_argument("--prompt", default=PROMPT, help=f'what to ask the model ("{PROMPT}")')
     command.add_argument("--keep", type=Path, metavar="DIR", help="keep the quantized model in this folder")
+    add_json_argument(command)
     command.set_defaults(run=run)
 
 
@@ -85,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0, or 1 if the model changed by being saved and loaded again."""
     _check(arguments)
     started = time.perf_counter()
+    check_output_files(arguments.json)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -93,9 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    tell = print if prints_text(arguments) else _say
     if arguments.keep:
-        print(f"The quantized model is kept in {arguments.keep}.")
-    print(f"All of it took {time.perf_counter() - started:.0f} s.")
+        tell(f"The quantized model is kept in {arguments.keep}.")
+    tell(f"All of it took {time.perf_counter() - started:.0f} s.")
     return 0 if same else 1
 
 
@@ -141,19 +146,34 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
 
     zero_points = " and zero-point" if stored.zero_points else ""
     scheme = f"int8 codes with a scale{zero_points} per output channel" if stored.scales else "float16"
-    print(f"{NAME}: {kind}, {layers} layers, from {origin}.")
-    print(f"{stored.linears} Linears quantized while loading, to {scheme}.\n")
-    print(_table(float_model, quantized, stored, (_on_disk(source), _on_disk(folder)), arguments.weights))
-    print(f"\nMB = 1,000,000 bytes; perplexity of {quantized.tokens:,} tokens of pydoc_data.topics.\n")
-    print(f"asked:            {arguments.prompt}")
-    for name, text in [
+    disk = _on_disk(source), _on_disk(folder)
+    answers = [
         ("float32", float_model.answer),
         (arguments.weights, quantized.answer),
         ("saved, reloaded", answer),
-    ]:
-        print(f"{name + ':':<17} {' '.join(text.split())}")
-    print(f"\nsame text before saving and after reloading:   {_yes(same_text)}")
-    print(f"same logits before and after, bit for bit:     {_yes(same_logits)}")
+    ]
+    text = [
+        f"{NAME}: {kind}, {layers} layers, from {origin}.",
+        f"{stored.linears} Linears quantized while loading, to {scheme}.\n",
+        _table(float_model, quantized, stored, disk, arguments.weights),
+        f"\nMB = 1,000,000 bytes; perplexity of {quantized.tokens:,} tokens of pydoc_data.topics.\n",
+        f"asked:            {arguments.prompt}",
+        *(f"{name + ':':<17} {' '.join(said.split())}" for name, said in answers),
+        f"\nsame text before saving and after reloading:   {_yes(same_text)}",
+        f"same logits before and after, bit for bit:     {_yes(same_logits)}",
+    ]
+    result = {
+        "model": NAME,
+        "weights": arguments.weights,
+        "tokens": quantized.tokens,
+        "perplexity": {"float": float_model.perplexity, "quantized": quantized.perplexity},
+        "memory_bytes": {"float": float_model.memory, "quantized": quantized.memory},
+        "disk_bytes": dict(zip(("float", "quantized"), disk, strict=True)),
+        "answers": dict(answers),
+        "same_text": same_text,
+        "same_logits": same_logits,
+    }
+    show(arguments, "\n".join(text), result)
     return same_text
 
 

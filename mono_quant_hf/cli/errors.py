@@ -1,5 +1,38 @@
-"""The error that a user of the command can put right."""
+"""Errors that a user of the command can put right, and the sentence for each."""
+
+import errno
+
+import torch
+from httpx2 import HTTPError
+from safetensors import SafetensorError
+
+from mono_quant_hf.hub import HubError
 
 
 class CommandError(Exception):
     """Shown as one line without a traceback; the command then exits with code 2."""
+
+
+def explained(problem: Exception) -> str | None:
+    """One line on what went wrong, or None for an error that is not the user's to put right."""
+    said = " ".join(str(problem).split())
+    if isinstance(problem, (CommandError, HubError, ValueError, TypeError)):
+        return said
+    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
+        return f"there is not enough memory ({said or 'out of memory'}); close other programs, or use a smaller model."
+    if (isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) or (
+        isinstance(problem, SafetensorError)
+        and any(f"os error {code}" in said for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    ):
+        return f"the disk is full ({said}); make room and try again: nothing half-written was left."
+    if isinstance(problem, PermissionError):
+        return f"{problem.filename or 'a file'} may not be read or written by this user ({problem.strerror or said})."
+    if isinstance(problem, SafetensorError):
+        return (
+            f"a safetensors file is damaged or cannot be written ({said}); download or save the model again."
+        )
+    if isinstance(problem, HTTPError):
+        return f"the network failed ({type(problem).__name__}: {said}); try again, or give a local folder."
+    if isinstance(problem, (OSError, ImportError)):
+        return said
+    return None

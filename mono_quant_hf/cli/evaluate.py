@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ from mono_quant_hf.texts import texts
 
 from .errors import CommandError
 from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .output import add_json_argument, show
 from .texts import add_text_arguments, load_text
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -75,7 +75,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="keep the float model's predictions here: an interrupted run goes on, a later one need not make them "
         "again (4 bytes x tokens x vocabulary)",
     )
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    add_json_argument(command)
     add_text_arguments(command, "text", 4096)
     command.set_defaults(run=run)
 
@@ -118,9 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         "quantized": arguments.quantized or f"{weights}{' symmetric' if arguments.symmetric else ''}",
         **figures,
     }
-    _print(figures)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    show(arguments, _table(figures), figures)
     return 0
 
 
@@ -257,17 +255,16 @@ _LABELS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-def _print(figures: dict[str, Any]) -> None:
+def _table(figures: dict[str, Any]) -> str:
     memory = figures["memory_bytes"]
     rows = [("in memory, MB", f"{memory['float'] / 1e6:,.1f} → {memory['quantized'] / 1e6:,.1f}")]
     error = figures.get("reference_perplexity_standard_error")
-    for key, (label, show) in _LABELS.items():
+    for key, (label, as_text) in _LABELS.items():
         if figures.get(key) is not None:
-            value = show(figures[key])
+            value = as_text(figures[key])
             if key == "reference_perplexity" and error is not None:
                 value += f" ± {error:.4f}"
             rows.append((label, value))
     width = max(len(label) for label, _ in rows)
-    print(f"{figures['quantized']} against {figures['model']}, on {figures['data']}")
-    for label, value in rows:
-        print(f"  {label.ljust(width)}  {value}")
+    lines = [f"{figures['quantized']} against {figures['model']}, on {figures['data']}"]
+    return "\n".join([*lines, *(f"  {label.ljust(width)}  {value}" for label, value in rows)])

@@ -5,10 +5,12 @@ import logging
 import sys
 from pathlib import Path
 
-from mono_quant_hf.hub import HubError, export
+from mono_quant_hf.hub import export
 from mono_quant_hf.hub.export import FORMATS
 
 from .errors import CommandError
+from .models import check_output_files
+from .output import add_json_argument, show
 
 DESCRIPTION = """\
 Write a model quantized by mono_quant_hf so that other engines load it:
@@ -45,24 +47,21 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="compressed-tensors: int8 activations, quantized while it runs",
     )
     command.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    add_json_argument(command)
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export; the exit code is 0, or a CommandError says why not."""
+    check_output_files(arguments.json)
     if arguments.activations and arguments.format != "compressed-tensors":
         raise CommandError("--activations is for --format compressed-tensors; leave it out.")
     options = {"activations": arguments.activations} if arguments.activations else {}
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    try:
-        export(
-            arguments.source,
-            arguments.destination,
-            arguments.format,
-            overwrite=arguments.overwrite,
-            **options,
-        )
-    except (HubError, ValueError, OSError) as problem:
-        raise CommandError(str(problem)) from problem
-    print(arguments.destination)
+    export(
+        arguments.source, arguments.destination, arguments.format, overwrite=arguments.overwrite, **options
+    )
+    destination = str(arguments.destination)
+    result = {"source": arguments.source, "destination": destination, "format": arguments.format}
+    show(arguments, destination, result)
     return 0

@@ -17,6 +17,7 @@ from mono_quant_hf.texts import token_sequences
 
 from .errors import CommandError
 from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .output import add_json_argument, show
 from .texts import add_text_arguments, load_text
 
 DESCRIPTION = """\
@@ -60,7 +61,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--top", type=int, default=25, metavar="N", help="modules in the table; 0 for all (25)"
     )
-    command.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    add_json_argument(command)
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures to FILE")
     command.add_argument(
         "--png", type=Path, metavar="FILE", help="write the pictures to FILE (needs matplotlib)"
@@ -73,13 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table and write the files."""
     check_output_files(arguments.json, arguments.html, arguments.png)
     report = make_report(arguments)
-    print(report.summary() + "\n")
-    print(report.table(arguments.top or None))
+    text = f"{report.summary()}\n\n{report.table(arguments.top or None)}"
     hidden = len(report.modules) - arguments.top if arguments.top else 0
     if hidden > 0:
-        print(f"... and {hidden} more (--top 0 shows all)")
-    if arguments.json:
-        report.to_json(arguments.json)
+        text += f"\n... and {hidden} more (--top 0 shows all)"
+    show(arguments, text, report.to_dict())
     if arguments.html:
         report.to_html(arguments.html)
     if arguments.png:

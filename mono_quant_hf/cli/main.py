@@ -1,15 +1,30 @@
 """The command line: one parser, one subcommand per module beside this one."""
 
 import argparse
+import contextlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from mono_quant_hf import __version__
 
-from . import demo, evaluate, export, inspect, push, quantize, search
-from .errors import CommandError
+from . import demo, evaluate, export, inspect, push, quantize, search, verify
+from .errors import explained
+from .output import progress_on_terminals_only
 
 PROGRAM = "mono-quant-hf"
+TRACEBACK = "MONO_QUANT_HF_TRACEBACK"
+"""An environment variable: with any value, errors of the user's are shown with their traceback too."""
+EPILOG = f"""\
+examples:
+  {PROGRAM} demo
+  {PROGRAM} quantize ./model ./model-int8
+  {PROGRAM} COMMAND --help
+
+exit codes: 0 done, 1 what was checked does not hold, 2 a mistake in the call or its files, 3 a mistake of the
+program's, 130 interrupted; {TRACEBACK}=1 shows the traceback of an error.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Per-channel INT8 and FP16 weights for Hugging Face transformers.",
-        epilog=f"example: {PROGRAM} demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG,
     )
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -28,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     push.add_command(commands)
     quantize.add_command(commands)
     search.add_command(commands)
+    verify.add_command(commands)
     return top
 
 
@@ -38,15 +55,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process by default.
 
     Returns:
-        the exit code: 0, 1 where what was checked does not hold, 2 for a mistake of the user's.
+        the exit code: 0; 1 where what was checked does not hold; 2 for a mistake of the user's; 3 for one of the
+        program's, with a traceback; 130 when interrupted; 141 when what reads the output has gone.
     """
-    arguments = parser().parse_args(argv)
     try:
-        code: int = arguments.run(arguments)
-    except CommandError as problem:
-        print(f"{PROGRAM}: error: {problem}", file=sys.stderr)
-        return 2
+        arguments = parser().parse_args(argv)
+        with progress_on_terminals_only():
+            code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `mono-quant-hf ... | head`: Python would complain once more when it closes the stream.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
+    except Exception as problem:
+        if (said := explained(problem)) is not None and not os.environ.get(TRACEBACK):
+            print(f"{PROGRAM}: error: {said}", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        print(f"{PROGRAM}: this is a mistake of the program's; please report it.", file=sys.stderr)
+        return 3
     return code

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel
 
 from mono_quant_hf import MonoQuantConfig
 
 from .errors import CommandError
+from .output import STDOUT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,6 +24,8 @@ def config_of(name: str) -> Any:
     """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise CommandError(f"there is no folder {name}; give a model's folder or its name on the Hub.")
+    if Path(name).is_file():
+        raise CommandError(f"{name} is a file; give the folder of a saved model, or its name on the Hub.")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as problem:
@@ -46,15 +50,23 @@ def load_model(name: str, quantization: MonoQuantConfig | None = None, dtype: st
     cls = getattr(transformers, architecture, AutoModel)
     try:
         model = cls.from_pretrained(name, dtype=DTYPES.get(dtype, "auto"), quantization_config=quantization)
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as problem:
+        if isinstance(problem, torch.OutOfMemoryError):
+            raise
         raise CommandError(f"{name} cannot be loaded: {_first_line(problem)}") from problem
     return model.eval()
 
 
 def check_output_files(*files: Path | None) -> None:
-    """Refuse a file in a folder that does not exist before the work, not after."""
+    """Refuse, before the work and not after it, a file that cannot be written; None and `-` are fine."""
     for file in files:
-        if file is not None and not file.expanduser().resolve().parent.is_dir():
+        if file is None or file == STDOUT:
+            continue
+        if file.is_dir() and any(file.iterdir()):
+            raise CommandError(
+                f"{file} is a folder with files in it; name a new one after the option, or a file."
+            )
+        if not file.expanduser().resolve().parent.is_dir():
             raise CommandError(f"the folder of {file} does not exist; make it first, or name another file.")
 
 

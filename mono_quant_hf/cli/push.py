@@ -4,9 +4,10 @@ import argparse
 import os
 from pathlib import Path
 
-from mono_quant_hf.hub import HubError, push_to_hub
+from mono_quant_hf.hub import push_to_hub
 
-from .errors import CommandError
+from .models import check_output_files
+from .output import add_json_argument, show
 
 DESCRIPTION = """\
 Push a folder with a model quantized by mono_quant_hf to the Hugging Face Hub in one commit: weights, config,
@@ -47,25 +48,25 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--revision", metavar="BRANCH", help="push to this branch (main)")
     command.add_argument("--pull-request", action="store_true", help="open a pull request instead of pushing")
     command.add_argument("--message", metavar="TEXT", help="of the commit")
+    add_json_argument(command)
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Push the folder; the exit code is 0, or a CommandError says why not."""
-    try:
-        commit = push_to_hub(
-            os.fspath(arguments.folder),
-            arguments.repo,
-            evaluation=arguments.evaluation,
-            base_model=arguments.base_model,
-            license=arguments.license,
-            plots=arguments.plot or (),
-            private=True if arguments.private else None,
-            revision=arguments.revision,
-            create_pr=arguments.pull_request,
-            commit_message=arguments.message,
-        )
-    except (HubError, ValueError) as problem:
-        raise CommandError(str(problem)) from problem
-    print(commit.pr_url or commit.commit_url)
+    check_output_files(arguments.json)
+    commit = push_to_hub(
+        os.fspath(arguments.folder),
+        arguments.repo,
+        evaluation=arguments.evaluation,
+        base_model=arguments.base_model,
+        license=arguments.license,
+        plots=arguments.plot or (),
+        private=True if arguments.private else None,
+        revision=arguments.revision,
+        create_pr=arguments.pull_request,
+        commit_message=arguments.message,
+    )
+    url = str(commit.pr_url or commit.commit_url)
+    show(arguments, url, {"repo": arguments.repo, "url": url, "commit": commit.oid})
     return 0

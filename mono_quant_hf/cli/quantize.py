@@ -10,11 +10,12 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.calibration import Compensation, Sampling
 from mono_quant_hf.config import WEIGHT_TYPES
-from mono_quant_hf.hub import HubError, quantize_checkpoint
+from mono_quant_hf.hub import quantize_checkpoint
 from mono_quant_hf.hub.folders import check_destination, written_beside
 
 from .errors import CommandError
 from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .output import add_json_argument, show
 from .texts import add_text_arguments, load_text
 
 CALIBRATIONS = ("text", "self", "data-free")
@@ -72,6 +73,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--resume", type=Path, metavar="DIR", help="keep finished layers here, and go on from them"
     )
+    add_json_argument(command)
     add_text_arguments(command, "text for --calibration text", None)
     command.set_defaults(run=run)
 
@@ -79,11 +81,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def run(arguments: argparse.Namespace) -> int:
     """Quantize and save."""
     output = arguments.output
-    check_output_files(output)
-    try:
-        check_destination(output, arguments.overwrite)
-    except HubError as problem:
-        raise CommandError(str(problem)) from problem
+    check_output_files(arguments.json)
+    check_destination(output, arguments.overwrite)
     if (
         not arguments.model.endswith(".gguf")
         and is_quantized(config_of(arguments.model))
@@ -96,22 +95,22 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.calibration != "text" and (arguments.text_file or arguments.dataset):
         raise CommandError("a text is for --calibration text; add that, or leave the text out.")
-    try:
-        config = MonoQuantConfig(
-            weights=arguments.weights, symmetric=arguments.symmetric, modules_to_not_convert=arguments.skip
-        )
-        how = "calibrated"
-        if arguments.calibration:
-            _save(_calibrated(arguments, config), arguments)
-        else:
-            dtype = DTYPES.get(arguments.dtype, "auto")
-            how = quantize_checkpoint(
-                arguments.model, output, config, dtype=dtype, overwrite=arguments.overwrite
-            )
-    except (HubError, ValueError, TypeError, OSError) as problem:
-        raise CommandError(" ".join(str(problem).split())) from problem
-    weights = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    print(f"{arguments.model} is quantized and saved to {output}: {weights / 1e6:,.1f} MB, {how}.")
+    config = MonoQuantConfig(
+        weights=arguments.weights, symmetric=arguments.symmetric, modules_to_not_convert=arguments.skip
+    )
+    how = "calibrated"
+    if arguments.calibration:
+        _save(_calibrated(arguments, config), arguments)
+    else:
+        dtype = DTYPES.get(arguments.dtype, "auto")
+        how = quantize_checkpoint(arguments.model, output, config, dtype=dtype, overwrite=arguments.overwrite)
+    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    result = {"source": arguments.model, "destination": str(output), "bytes": size, "how": how}
+    show(
+        arguments,
+        f"{arguments.model} is quantized and saved to {output}: {size / 1e6:,.1f} MB, {how}.",
+        result,
+    )
     return 0
 
 

@@ -11,10 +11,12 @@ from transformers import AutoTokenizer
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.evaluation import search_overrides
+from mono_quant_hf.hub.folders import written_beside
 
 from .errors import CommandError
 from .inspect import text_batches
 from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .output import add_json_argument, show
 from .texts import add_text_arguments
 
 DESCRIPTION = """\
@@ -50,7 +52,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--dtype", choices=["auto", *DTYPES], default="auto", help="of the float model (auto)"
     )
     command.add_argument("--save", type=Path, metavar="DIR", help="save the model that was chosen here")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
+    add_json_argument(command)
     command.add_argument(
         "--png", type=Path, metavar="FILE", help="draw the frontier to FILE (needs matplotlib)"
     )
@@ -76,15 +78,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except (ValueError, TypeError) as problem:
         raise CommandError(str(problem)) from problem
-    print(result.table())
-    print(
-        f"\n{result.bytes / 1e6:,.2f} MB of {result.float_bytes / 1e6:,.2f} MB in float, mean KL divergence "
-        f"{result.kl:.3g} nats (measured)."
+    text = (
+        f"{result.table()}\n\n{result.bytes / 1e6:,.2f} MB of {result.float_bytes / 1e6:,.2f} MB in float, mean KL "
+        f"divergence {result.kl:.3g} nats (measured).\n\nMonoQuantConfig(symmetric={arguments.symmetric}, "
+        f"module_overrides=\n{json.dumps(result.module_overrides, indent=2)})"
     )
-    print(f"\nMonoQuantConfig(symmetric={arguments.symmetric}, module_overrides=")
-    print(json.dumps(result.module_overrides, indent=2) + ")")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    show(arguments, text, result.to_dict())
     if arguments.png:
         try:
             result.to_png(arguments.png)
@@ -95,9 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
             symmetric=arguments.symmetric, module_overrides=result.module_overrides or None
         )
         quantized: Any = quantize_model(model, config)
-        quantized.save_pretrained(arguments.save)
-        AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.save)
-        print(f"\nSaved to {arguments.save}.")
+        with written_beside(arguments.save) as folder:
+            quantized.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(arguments.model).save_pretrained(folder)
+        print(f"Saved to {arguments.save}.", file=sys.stderr)
     if not result.met:
         print("The budget cannot be met; the nearest model is shown.", file=sys.stderr)
         return 1

@@ -32,6 +32,19 @@ def sqnr(reference: Tensor, approximation: Tensor) -> float:
     exact = reference.detach().to(torch.float64)
     noise = float((exact - approximation.detach().to(torch.float64)).square().sum())
     signal = float(exact.square().sum())
+    return decibels(signal, noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """`10 log10(signal / noise)`: `inf` without noise, `-inf` with noise alone.
+
+    Args:
+        signal, noise: sums of squares, such as those of the parts of a tensor added up.
+
+    Example:
+        >>> decibels(100.0, 1.0), decibels(0.0, 0.0)
+        (20.0, inf)
+    """
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

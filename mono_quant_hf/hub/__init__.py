@@ -9,10 +9,13 @@ from .export_gguf import export_gguf
 from .importing import quantize_checkpoint
 from .measurements import Evaluation
 from .push import push_to_hub
+from .verify import ComparedWeight, Verification, verify_checkpoint
 
 __all__ = [
+    "ComparedWeight",
     "Evaluation",
     "HubError",
+    "Verification",
     "export",
     "export_bitsandbytes",
     "export_compressed_tensors",
@@ -20,4 +23,5 @@ __all__ = [
     "model_card",
     "push_to_hub",
     "quantize_checkpoint",
+    "verify_checkpoint",
 ]

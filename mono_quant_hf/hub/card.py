@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from mono_quant_hf.config import FIELDS, MonoQuantConfig
 from mono_quant_hf.integration.selection import Decision, quantized_share
+from mono_quant_hf.integration.tags import tags_of
 
 from .errors import HubError
 from .facts import CheckpointFacts, read_facts
@@ -95,16 +96,6 @@ def model_card(
         **_words(facts, folder, base),
     )
     return fresh if existing is None else _extended(existing, fresh)
-
-
-def tags_of(config: MonoQuantConfig) -> list[str]:
-    """The tags of a quantized model on the Hub.
-
-    Example:
-        >>> tags_of(MonoQuantConfig()), tags_of(MonoQuantConfig(weights="float16"))
-        (['mono-quant', 'int8', '8-bit'], ['mono-quant', 'fp16'])
-    """
-    return ["mono-quant", "int8", "8-bit"] if config.weights == "int8" else ["mono-quant", "fp16"]
 
 
 def load_card(where: str | os.PathLike[str], token: str | bool | None = None) -> ModelCard | None:

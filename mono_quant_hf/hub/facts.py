@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from mono_quant_hf.integration.checkpoint import StoredTensor, decide_by_checkpo
 from mono_quant_hf.integration.selection import Decision, aliases_of, decide
 
 from .errors import HubError
-from .folders import weight_files
+from .folders import read_json, weight_files
 
 ITEM_SIZES = {
     "F64": 8,
@@ -126,7 +125,7 @@ def read_facts(folder: str | os.PathLike[str]) -> CheckpointFacts:
         task=AUTO_CLASSES[auto_class_of(type(skeleton).__name__)],
         config=config,
         decisions=_counted_once(skeleton, decisions),
-        bytes_on_disk=sum(_size(tensor) for tensor in stored.values()),
+        bytes_on_disk=sum(size_of(tensor) for tensor in stored.values()),
         bytes_as_float=sum(4 * math.prod(t.shape) for name, t in stored.items() if name not in companions),
         sharded=len(files) > 1,
     )
@@ -136,12 +135,12 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     """The `quantization_config` of a model's folder, None for a float model.
 
     Raises:
-        HubError: the folder has no config.json.
+        HubError: the folder has no config.json, or one that cannot be read.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise HubError(f"{folder} has no config.json; name the folder of a saved transformers model.")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     return config.get("quantization_config") or config.get("compression_config")
 
 
@@ -187,5 +186,6 @@ def _owner(name: str) -> str:
     return name.removesuffix("_scale").removesuffix("_zero_point")
 
 
-def _size(tensor: StoredTensor) -> int:
-    return ITEM_SIZES[tensor.dtype] * math.prod(tensor.shape)
+def size_of(tensor: StoredTensor) -> int:
+    """Bytes of a tensor on disk."""
+    return ITEM_SIZES.get(tensor.dtype, 1) * math.prod(tensor.shape)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import HubError
 
@@ -17,6 +18,24 @@ WEIGHT_PATTERNS = (
     *("*.gguf", "*.h5", "*.msgpack", "*.onnx"),
 )
 """Files that hold weights, or say which file does, and so never are copied beside other weights."""
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        HubError: it holds something else; the message names the file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise HubError(f"{file} is no JSON ({problem}); download or save the model again.") from problem
+    if not isinstance(content, dict):
+        raise HubError(f"{file} holds no JSON object; download or save the model again.")
+    return content
 
 
 @contextmanager
@@ -96,9 +115,9 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         HubError: there is none, or the index names one that is missing.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     else:
         single = folder / "model.safetensors"
         names = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,21 @@ class StoredTensor:
     file: str
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """Something that is wrong with a checkpoint.
+
+    Attributes:
+        file: where, as a path; empty where it is not about one file.
+        tensor: name of the tensor; empty where it is not about one.
+        message: a whole sentence that names both, and the remedy.
+    """
+
+    file: str
+    tensor: str
+    message: str
 
 
 def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
@@ -91,6 +106,14 @@ def check_stored_tensors(
     Raises:
         ValueError: a scale or zero-point is missing, or a tensor has the wrong dtype or shape; names file and tensor.
     """
+    for flaw in flaws_of_stored_tensors(model, stored, aliases):
+        raise ValueError(flaw.message)
+
+
+def flaws_of_stored_tensors(
+    model: nn.Module, stored: dict[str, StoredTensor], aliases: Callable[[str], list[str]]
+) -> Iterator[Flaw]:
+    """What does not fit the quantized modules of a model: missing scales, wrong dtypes and shapes, no real scales."""
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedModule):
             continue
@@ -104,30 +127,39 @@ def check_stored_tensors(
                     continue
                 found = stored.get(key + suffix)
                 if found is None:
-                    raise ValueError(
+                    yield Flaw(
+                        stored[key].file,
+                        key + suffix,
                         f"{key}{suffix} is missing from the checkpoint, whose {key} (in {stored[key].file}) holds "
-                        "int8 codes; save the quantized model again."
+                        "int8 codes; save the quantized model again.",
                     )
-                if found.dtype != dtype or found.shape != tuple(parameter.shape):
-                    raise ValueError(
+                elif found.dtype != dtype or found.shape != tuple(parameter.shape):
+                    yield Flaw(
+                        found.file,
+                        key + suffix,
                         f"{key}{suffix} in {found.file} is {found.dtype} {list(found.shape)} where the model needs "
-                        f"{dtype} {list(parameter.shape)}; save the quantized model again."
+                        f"{dtype} {list(parameter.shape)}; save the quantized model again.",
                     )
-                if suffix == "_scale":
-                    _check_scale(key + suffix, found.file)
+                elif suffix == "_scale":
+                    yield from flaws_of_scale(key + suffix, found.file)
             expected = tuple(module.get_parameter(weight).shape)
             if stored[key].shape != expected:
-                raise ValueError(
+                yield Flaw(
+                    stored[key].file,
+                    key,
                     f"{key} in {stored[key].file} has shape {list(stored[key].shape)} where the model has "
-                    f"{list(expected)}; is it the checkpoint of another model?"
+                    f"{list(expected)}; is it the checkpoint of another model?",
                 )
 
 
-def _check_scale(key: str, file: str) -> None:
+def flaws_of_scale(key: str, file: str) -> Iterator[Flaw]:
+    """One, where a stored scale is not finite and positive throughout."""
     with safe_open(file, framework="pt") as tensors:
         scale = tensors.get_tensor(key)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ValueError(
+        yield Flaw(
+            file,
+            key,
             f"{key} in {file} holds values that are no scale (NaN, infinite, zero or negative); "
-            "save the quantized model again."
+            "save the quantized model again.",
         )

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange
 
 from mono_quant_hf.modules import QuantizedModule
 
@@ -70,3 +72,14 @@ class QuantizeWeights(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         return PassThrough()
+
+
+def look_up_conversions(model: PreTrainedModel) -> None:
+    """Give a model that no checkpoint was loaded into the conversions that `save_pretrained` would look up itself.
+
+    They can then be changed to take scales and zero-points along (`MonoQuantHfQuantizer.restore_conversions`).
+    """
+    if getattr(model, "_weight_conversions", None) is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        kept = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+        setattr(model, "_weight_conversions", kept)  # noqa: B010  no declared attribute

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from .checkpoint import Flaw
 
 ENTRY = struct.Struct(">II")  # CRC-32 of the name and of the tensor
 
@@ -70,20 +72,44 @@ def check_fingerprints(files: Sequence[str], checksums: str, names: Iterable[str
     Raises:
         ValueError: a tensor is missing, or has changed since it was saved; names the tensor and its file.
     """
+    for flaw in flaws_by_fingerprint(files, checksums, names):
+        raise ValueError(flaw.message)
+
+
+def flaws_by_fingerprint(
+    files: Sequence[str],
+    checksums: str,
+    names: Iterable[str],
+    on_each: Callable[[str], None] | None = None,
+) -> Iterator[Flaw]:
+    """The tensors that are not what was saved, and last those that are missing.
+
+    Args:
+        files, checksums, names: as in `check_fingerprints`.
+        on_each: called with the name of each tensor when it was compared.
+    """
     recorded = dict(ENTRY.iter_unpack(base64.b64decode(checksums)))
     stored = [(file, name) for file in files for name in _names_in(file)]
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # zlib lets other threads run
         for (file, name), found in zip(stored, pool.map(_fingerprint_stored, stored), strict=True):
             if recorded.pop(zlib.crc32(name.encode()), found) != found:
-                raise ValueError(
+                yield Flaw(
+                    file,
+                    name,
                     f"{name} in {file} is not what was saved with this config.json: the file was changed or damaged, "
-                    "or is of another save; download or save the model again."
+                    "or is of another save; download or save the model again.",
                 )
+            if on_each is not None:
+                on_each(name)
     if recorded:
         known = {zlib.crc32(name.encode()): name for name in names}
         missing = sorted(known.get(code, "a tensor that this model does not name") for code in recorded)
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(f"{missing[0]}{more} is missing from {files[0]}; download or save the model again.")
+        yield Flaw(
+            files[0],
+            missing[0],
+            f"{missing[0]}{more} is missing from {files[0]}; download or save the model again.",
+        )
 
 
 def _names_in(file: str) -> list[str]:

@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange
 
 from mono_quant_hf.calibration import Compensation, Sampling
 from mono_quant_hf.config import MonoQuantConfig
@@ -18,6 +16,7 @@ from mono_quant_hf.core import calculate_scale_zp_per_channel, quantize_weight_f
 from mono_quant_hf.modules import QuantizedExperts, QuantizedModule, quantized_class_for
 
 from .calibrated import quantize_calibrated
+from .conversions import look_up_conversions
 from .quantizer import MonoQuantHfQuantizer
 from .replacement import replace_modules
 from .resizing import make_resizable
@@ -182,9 +181,5 @@ def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions
         setattr(model, name, value)
     model.config.quantization_config = quantizer.quantization_config
     add_tags(model, config)
-    if getattr(model, "_weight_conversions", None) is None:
-        # As save_pretrained itself would look them up, but for the scales too.
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-        kept = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
-        setattr(model, "_weight_conversions", kept)  # noqa: B010
+    look_up_conversions(model)
     quantizer.restore_conversions(model)

@@ -87,10 +87,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
             stored = read_headers(checkpoint_files)
         aliases = aliases_of(model)
         self.decisions = decide_by_checkpoint(decisions, stored, aliases)
-        groups = tied_modules(model)
-        replace_modules(model, {d.module: _EmptyTwin(d) for d in self.decisions if d.quantized})
-        share_storage(model, groups)
-        declare_tied_companions(model)
+        make_room(model, self.decisions)
         check_stored_tensors(model, stored, aliases)
         checksums = self.quantization_config.checksums
         if stored and checkpoint_files and checksums is not None:
@@ -261,6 +258,14 @@ class MonoQuantHfQuantizer(HfQuantizer):
         undo_resizable(model)
         remove_tags(model, self.quantization_config)
         return model
+
+
+def make_room(model: PreTrainedModel, decisions: list[Decision]) -> None:
+    """Put quantized modules without values in the place of those that are to be quantized; what is tied stays tied."""
+    groups = tied_modules(model)
+    replace_modules(model, {d.module: _EmptyTwin(d) for d in decisions if d.quantized})
+    share_storage(model, groups)
+    declare_tied_companions(model)
 
 
 class _EmptyTwin:

@@ -1,0 +1,78 @@
+"""`mono-quant-hf verify`: whether a checkpoint is what its config says, and what the float model rounds to."""
+
+import argparse
+import sys
+from typing import Any
+
+from mono_quant_hf.hub import Verification, verify_checkpoint
+
+from .models import check_output_files
+from .output import add_json_argument, show
+
+DESCRIPTION = """\
+Check the files of a quantized model against its config.json: every file, name, dtype and shape, scales finite and
+positive, zero-points where they belong, every checksum, the index of shards. With --source, also each weight against
+the float model: half a step of the grid at most, where codes are the nearest; calibrated codes may differ, and are
+told. The model is not loaded. Exit code 1 if anything is wrong, each named with its file and tensor.
+"""
+EPILOG = """\
+examples:
+  mono-quant-hf verify ./model-int8
+  mono-quant-hf verify me/model-int8 --source org/model --json
+"""
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `verify` to the subcommands."""
+    command = commands.add_parser(
+        "verify",
+        help="check a quantized checkpoint, also against its float model",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("checkpoint", help="folder, or name on the Hub, of a quantized model")
+    command.add_argument("--source", metavar="MODEL", help="the float model that it was made from")
+    command.add_argument("--revision", metavar="REV", help="of a checkpoint on the Hub")
+    command.add_argument(
+        "--top", type=int, default=5, metavar="N", help="weights to list with --source; 0 for all (5)"
+    )
+    add_json_argument(command)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, and say what was found; 1 where something is wrong."""
+    check_output_files(arguments.json)
+    found = verify_checkpoint(
+        arguments.checkpoint, arguments.source, revision=arguments.revision, progress=sys.stderr.isatty()
+    )
+    show(arguments, _text(found, arguments.top), found.to_dict())
+    return 0 if found.ok else 1
+
+
+def _text(found: Verification, top: int) -> str:
+    how: Any = found.config
+    scheme = (
+        how.weights + (" symmetric" if how.symmetric and how.weights == "int8" else "") if how else "unknown"
+    )
+    lines = [
+        f"{found.checkpoint}: {scheme}, {found.tensors} tensors in {found.files} file{'s' * (found.files != 1)}, "
+        f"{found.bytes / 1e6:,.1f} MB"
+    ]
+    if found.compared is not None:
+        lines.append(f"  checksums compared: {found.compared}")
+    if found.weights:
+        lines.append(f"  {len(found.weights)} weights compared with {found.source}; the lowest SQNR:")
+        shown = found.weights[: top or None]
+        width = max(len(weight.tensor) for weight in shown)
+        for weight in shown:
+            steps = "" if weight.steps is None else f"  at most {weight.steps:.3f} steps"
+            lines.append(f"    {weight.tensor.ljust(width)}  {weight.sqnr:6.1f} dB{steps}  {weight.rounding}")
+    lines += [f"  note: {note}" for note in found.notes]
+    lines += [f"  WRONG: {flaw.message}" for flaw in found.flaws]
+    count = len(found.flaws)
+    lines.append(
+        "Nothing is wrong." if found.ok else f"{count} thing{'s are' if count > 1 else ' is'} wrong."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,500 @@
+"""Whether a checkpoint is what its config says, and what a float model rounds to: read from its files, not loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.core import calculate_scale_zp_per_channel
+from mono_quant_hf.core.metrics import decibels
+from mono_quant_hf.core.quantizers import BLOCK_ELEMENTS
+from mono_quant_hf.integration.checkpoint import (
+    Flaw,
+    StoredTensor,
+    decide_by_checkpoint,
+    flaws_of_scale,
+    flaws_of_stored_tensors,
+    read_headers,
+)
+from mono_quant_hf.integration.expected import expected_tensors
+from mono_quant_hf.integration.fingerprints import flaws_by_fingerprint
+from mono_quant_hf.integration.selection import aliases_of, decide
+
+from .errors import HubError
+from .facts import quantization_of, size_of, skeleton_of
+from .folders import INDEX, read_json, weight_files
+from .sources import local_folder
+
+HALF_A_STEP = 0.5 + 1e-3
+"""Rounding to the nearest code is off by half a step at most; the rest is for float32 arithmetic at code 255."""
+_FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
+_TORCH_DTYPES = {torch.int8: "I8", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class ComparedWeight:
+    """A quantized weight beside the float one it was made from.
+
+    Attributes:
+        tensor: its name on disk.
+        weights: `"int8"` or `"float16"`.
+        rounding: `"nearest"`, or `"calibrated"` where scales and zero-points are those of the float weight but codes
+            were chosen otherwise; `"other"` where it was not made from this float weight.
+        sqnr: of the dequantized weight in dB.
+        steps: the largest difference in steps of the grid; None for float16.
+        moved: share of the codes that are further than half a step away, 0 to 1; None for float16.
+    """
+
+    tensor: str
+    weights: str
+    rounding: str
+    sqnr: float
+    steps: float | None
+    moved: float | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and what was found.
+
+    Attributes:
+        checkpoint: as it was given.
+        source: the float model, as it was given; None if there was none.
+        config: how the checkpoint says that it is quantized; None where that cannot be read.
+        files, tensors, bytes: how many were read.
+        compared: how many tensors have a checksum that was compared; None without checksums.
+        flaws: what is wrong; none in a sound checkpoint.
+        notes: what is worth knowing, and not wrong.
+        weights: beside the source, the lowest SQNR first.
+    """
+
+    checkpoint: str
+    source: str | None
+    config: MonoQuantConfig | None
+    files: int
+    tensors: int
+    bytes: int
+    compared: int | None
+    flaws: tuple[Flaw, ...]
+    notes: tuple[str, ...]
+    weights: tuple[ComparedWeight, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.flaws
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON data; the checksums of the config are left out, and an infinite SQNR is None."""
+        data = asdict(self) | {"ok": self.ok}
+        if self.config is not None:
+            data["config"] = {
+                key: value for key, value in self.config.to_dict().items() if key != "checksums"
+            }
+        for weight in data["weights"]:
+            weight["sqnr"] = weight["sqnr"] if abs(weight["sqnr"]) != float("inf") else None
+        return data
+
+
+def verify_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    progress: bool = False,
+) -> Verification:
+    """Check the files of a quantized model against its config.json, and against the float model if it is at hand.
+
+    Every file, name, dtype and shape; scales finite and positive; zero-points where the config wants them and nowhere
+    else; every checksum; an index that names what is there. The model is not loaded: one tensor at a time is.
+
+    Args:
+        checkpoint: the folder or Hub name of a model quantized by mono_quant_hf.
+        source: folder or Hub name of the float model, as safetensors. Each dequantized weight is then compared with
+            it: half a step of the grid, at most, where codes are the nearest. Calibrated codes may differ by more, and
+            are told by their scales, which are those of the float weight.
+        revision: of a checkpoint on the Hub.
+        progress: show a progress bar.
+
+    Raises:
+        HubError: there is no such model, or it is not one that mono_quant_hf quantized.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> from mono_quant_hf import quantize_model
+        >>> model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     quantize_model(model).save_pretrained(folder)
+        ...     verify_checkpoint(folder).ok
+        True
+    """
+    folder = local_folder(checkpoint, revision)
+    work = _Verifying(folder, progress)
+    work.checkpoint()
+    if source is not None and work.config is not None:
+        work.against(local_folder(source), str(source))
+    return Verification(
+        checkpoint=str(checkpoint),
+        source=None if source is None else str(source),
+        config=work.config,
+        files=len({tensor.file for tensor in work.stored.values()}),
+        tensors=len(work.stored),
+        bytes=sum(size_of(tensor) for tensor in work.stored.values()),
+        compared=work.compared,
+        flaws=tuple(work.flaws.values()),
+        notes=tuple(work.notes),
+        weights=tuple(sorted(work.weights, key=lambda weight: weight.sqnr)),
+    )
+
+
+class _Verifying:
+    def __init__(self, folder: Path, progress: bool):
+        self.folder, self.progress = folder, progress
+        self.config: MonoQuantConfig | None = None
+        self.model: PreTrainedModel | None = None
+        self.stored: dict[str, StoredTensor] = {}
+        self.flaws: dict[tuple[str, str], Flaw] = {}
+        self.notes: list[str] = []
+        self.weights: list[ComparedWeight] = []
+        self.compared: int | None = None
+
+    def add(self, flaw: Flaw) -> None:
+        """One flaw a tensor: what follows from the first is not told again."""
+        self.flaws.setdefault((flaw.file, flaw.tensor or flaw.message), flaw)
+
+    def says(self, file: str | Path, tensor: str, message: str) -> None:
+        self.add(Flaw(str(file), tensor, message))
+
+    def checkpoint(self) -> None:
+        config_file = self.folder / "config.json"
+        try:
+            settings = quantization_of(self.folder)
+        except HubError:
+            if config_file.is_file():
+                self.says(
+                    config_file, "", f"{config_file} is no JSON object; download or save the model again."
+                )
+                return
+            raise
+        if (settings or {}).get("quant_method") != QUANT_METHOD:
+            self._refuse_other(settings, config_file)
+            return
+        files = self._files()
+        try:
+            self.config = MonoQuantConfig.from_dict(settings or {})
+            self.model = skeleton_of(self.folder)
+        except (ValueError, TypeError, KeyError, OSError, AttributeError) as problem:
+            self.says(config_file, "", f"{config_file} describes no model that can be made: {problem}")
+            return
+        if self.stored:
+            self._tensors(self.model, self.config, config_file)
+            self._checksums(self.config, [str(file) for file in files])
+            self._values()
+
+    def _refuse_other(self, settings: dict[str, Any] | None, config_file: Path) -> None:
+        """A float model is no mistake of the checkpoint's; codes without a word of them in the config are."""
+        for name, tensor in self._headers(weight_files(self.folder)).items():
+            if tensor.dtype == "I8" and f"{name}_scale" in self.stored and settings is None:
+                self.says(
+                    config_file,
+                    name,
+                    f"{config_file} has no quantization_config, but {name} in {tensor.file} holds int8 codes, which "
+                    "would be read as weights; restore the config.json that was saved with it.",
+                )
+                return
+        found = "float" if settings is None else f"quantized by {settings.get('quant_method')}"
+        raise HubError(
+            f"The model in {self.folder} is {found}, not quantized by mono_quant_hf; there is nothing to verify."
+        )
+
+    # Files
+
+    def _files(self) -> list[Path]:
+        index = self.folder / INDEX
+        named: dict[str, str] = {}
+        if index.is_file():
+            try:
+                named = dict(read_json(index)["weight_map"])
+            except (HubError, KeyError, TypeError, ValueError):
+                self.says(index, "", f"{index} is no index of weights; download or save the model again.")
+        try:
+            files = weight_files(self.folder)
+        except (HubError, KeyError, TypeError, AttributeError) as problem:
+            self.says(index if named else self.folder, "", str(problem))
+            there = sorted(self.folder.glob("*.safetensors"))
+            files = [file for file in there if file.name in named.values()] if named else there
+        self._headers(files)
+        for file in sorted(self.folder.glob("*.safetensors")):
+            if file not in files:
+                self.says(
+                    file,
+                    "",
+                    f"{file} belongs to no index and is not read; remove it, or save the model again.",
+                )
+        for name, at in named.items():
+            found = self.stored.get(name)
+            if found is None or Path(found.file).name != at:
+                where = f"it is in {found.file}" if found else "it is in no file"
+                self.says(
+                    index, name, f"{index} says that {name} is in {at}, but {where}; save the model again."
+                )
+        for name in self.stored.keys() - named.keys() if named else ():
+            at = self.stored[name].file
+            self.says(at, name, f"{name} in {at} is not in {index.name}; save the model again.")
+        return [file for file in files if file.is_file()]
+
+    def _headers(self, files: Sequence[Path]) -> dict[str, StoredTensor]:
+        for file in files:
+            try:
+                found = read_headers([str(file)])
+            except ValueError as problem:
+                self.says(file, "", str(problem))
+                continue
+            for name in found.keys() & self.stored.keys():
+                other = self.stored[name].file
+                self.says(file, name, f"{name} is both in {other} and in {file}; save the model again.")
+            self.stored |= found
+        return self.stored
+
+    # Tensors
+
+    def _tensors(self, model: PreTrainedModel, config: MonoQuantConfig, config_file: Path) -> None:
+        aliases = aliases_of(model)
+        planned = decide(model, config)
+        try:
+            decisions = decide_by_checkpoint(planned, self.stored, aliases)
+        except ValueError as problem:
+            name = next(
+                (n for n, t in self.stored.items() if str(problem).startswith(f"{n} in {t.file} is")), ""
+            )
+            self.says(self.stored[name].file if name else config_file, name, str(problem))
+            return
+        for before, after in zip(planned, decisions, strict=True):
+            key = next((k for a in aliases(after.module) if (k := f"{a}.weight") in self.stored), None)
+            if key and before.symmetric and after.weights == "int8" and after.symmetric is False:
+                file = self.stored[f"{key}_zero_point"].file
+                self.says(
+                    file,
+                    f"{key}_zero_point",
+                    f"{key}_zero_point is in {file}, but {config_file} says symmetric; save the quantized model again.",
+                )
+        other = [a.module for b, a in zip(planned, decisions, strict=True) if b.weights != a.weights]
+        if other:
+            self.notes.append(
+                f"{len(other)} modules are stored otherwise than the config says, such as {other[0]}; they are loaded "
+                "as they are stored."
+            )
+        expected = expected_tensors(model, config, decisions)
+        for flaw in flaws_of_stored_tensors(model, self.stored, aliases):
+            self.add(flaw)
+        self._compare_names(model, expected, config_file)
+
+    def _compare_names(self, model: PreTrainedModel, expected: dict[str, Tensor], config_file: Path) -> None:
+        tied = set(model.all_tied_weights_keys)
+        aliases = aliases_of(model)
+        flawed = {tensor for _, tensor in self.flaws}
+        known: set[str] = set(tied)
+        may_lack = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+        may_have = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        for name, tensor in expected.items():
+            key = next((alias for alias in aliases(name) if alias in self.stored), None)
+            known.add(key or name)
+            if key is None:
+                if name not in flawed and not any(pattern.search(name) for pattern in may_lack):
+                    self.says(
+                        self.folder,
+                        name,
+                        f"{name} is missing from {self.folder}, whose config.json asks for it; save the model again.",
+                    )
+                continue
+            found = self.stored[key]
+            exact = _TORCH_DTYPES.get(
+                tensor.dtype
+            )  # of codes, zero-points and float16 weights; all else is float32
+            dtype_fits = (
+                found.dtype == exact if exact else (found.dtype in _FLOATS or not tensor.is_floating_point())
+            )
+            if found.shape != tuple(tensor.shape) or not dtype_fits:
+                wanted = exact or str(tensor.dtype).removeprefix("torch.")
+                self.says(
+                    found.file,
+                    key,
+                    f"{key} in {found.file} is {found.dtype} {list(found.shape)} where the config asks for {wanted} "
+                    f"{list(tensor.shape)}; save the quantized model again.",
+                )
+        for name in sorted(self.stored.keys() - known - flawed):
+            if not any(pattern.search(name) for pattern in may_have):
+                file = self.stored[name].file
+                self.says(
+                    file, name, f"{name} in {file} belongs to no part of the model; save the model again."
+                )
+
+    def _checksums(self, config: MonoQuantConfig, files: list[str]) -> None:
+        if config.checksums is None:
+            self.notes.append("config.json holds no checksums: changed bytes cannot be found.")
+            return
+        whole = sorted({tensor.file for tensor in self.stored.values()})
+        self.compared = 0
+        with self._bar(len(self.stored), "checksums") as bar:
+
+            def count(_: str) -> None:
+                self.compared = (self.compared or 0) + 1
+                bar.update()
+
+            for flaw in flaws_by_fingerprint(whole, config.checksums, self.stored, count):
+                if flaw.tensor in self.stored or len(whole) == len(files):
+                    self.add(flaw)
+
+    def _values(self) -> None:
+        scales = [name for name in self._codes() if f"{name}_scale" in self.stored]
+        odd = []
+        for name in scales:
+            key = f"{name}_scale"
+            if self.stored[key].dtype == "F32":
+                for flaw in flaws_of_scale(key, self.stored[key].file):
+                    self.add(flaw)
+            if f"{name}_zero_point" not in self.stored and int(self._load(name).min()) == -128:
+                odd.append(name)
+        if odd:
+            self.notes.append(
+                f"{len(odd)} symmetric weights hold the code -128, such as {odd[0]}: mono_quant_hf itself rounds to "
+                "-127 to 127, other libraries do not; it is read as it is."
+            )
+        for name, tensor in self.stored.items():
+            if (
+                tensor.dtype == "F16"
+                and name.endswith(".weight")
+                and not bool(self._load(name).isfinite().all())
+            ):
+                self.says(
+                    tensor.file, name, f"{name} in {tensor.file} holds NaN or infinite values; save it again."
+                )
+
+    def _codes(self) -> Iterator[str]:
+        return (n for n, t in self.stored.items() if t.dtype == "I8" and not n.endswith("_zero_point"))
+
+    def _load(self, name: str) -> Tensor:
+        with safe_open(self.stored[name].file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def _bar(self, total: int, what: str) -> Any:
+        return tqdm(total=total, desc=what, unit="tensor", disable=not self.progress)
+
+    # The float model
+
+    def against(self, folder: Path, source: str) -> None:
+        if quantization_of(folder) is not None:
+            raise HubError(f"{source} is quantized itself; give the float model.")
+        exact = read_headers([str(file) for file in weight_files(folder)])
+        assert self.model is not None
+        aliases = aliases_of(self.model)
+        broken = {tensor for _, tensor in self.flaws}
+        companions = tuple(
+            f"{name}{suffix}" for name in self._codes() for suffix in ("_scale", "_zero_point")
+        )
+        names = [name for name in self.stored if name not in companions]
+        half_precision = self.config is not None and self.config.weights == "float16"
+        missing = []
+        with self._bar(len(names), "float weights") as bar:
+            for name in names:
+                bar.update()
+                key = next((alias for alias in aliases(name) if alias in exact), None)
+                if key is None:
+                    missing.append(name)
+                elif exact[key].shape != self.stored[name].shape:
+                    self.says(
+                        self.stored[name].file,
+                        name,
+                        f"{name} has shape {list(self.stored[name].shape)}, in {source} it has "
+                        f"{list(exact[key].shape)}; is that the float model it was made from?",
+                    )
+                elif not broken.intersection((name, f"{name}_scale", f"{name}_zero_point")):
+                    with safe_open(exact[key].file, framework="pt") as tensors:
+                        self._compare(name, tensors.get_tensor(key), source, half_precision)
+        if any(self.stored[name].dtype == "I8" for name in missing):
+            name = next(name for name in missing if self.stored[name].dtype == "I8")
+            self.says(
+                self.stored[name].file,
+                name,
+                f"{name} is not in {source}, so it cannot be compared; is that the float model it was made from?",
+            )
+        calibrated = [weight for weight in self.weights if weight.rounding == "calibrated"]
+        if calibrated:
+            most = max(calibrated, key=lambda weight: weight.steps or 0)
+            self.notes.append(
+                f"{len(calibrated)} of {len(self.weights)} weights have calibrated rounding: the scales of the float "
+                f"weight, and codes chosen otherwise, up to {most.steps:.1f} steps away ({most.tensor})."
+            )
+
+    def _compare(self, name: str, weight: Tensor, source: str, half_precision: bool) -> None:
+        stored, file = self._load(name), self.stored[name].file
+        if stored.dtype is not torch.int8:
+            # bfloat16 and float32 may hold the same numbers; what is float on both sides was only cast.
+            cast = weight.to(stored.dtype)
+            if not torch.equal(cast.nan_to_num(), stored.nan_to_num()):
+                self.says(file, name, f"{name} in {file} differs from that of {source}; is it that model's?")
+            elif half_precision and stored.dtype is torch.float16 and stored.dim() > 1:
+                noise = float((weight.double() - stored.double()).square().sum())
+                sqnr = decibels(float(weight.double().square().sum()), noise)
+                self.weights.append(ComparedWeight(name, "float16", "nearest", sqnr, None, None))
+            return
+        scale = self._load(f"{name}_scale")
+        key = f"{name}_zero_point"
+        zero_point = self._load(key) if key in self.stored else None
+        steps, moved, sqnr = _distance(weight, stored, scale, zero_point)
+        rounding = "nearest"
+        if steps > HALF_A_STEP:
+            rounding = "calibrated" if _same_grid(weight, scale, zero_point) else "other"
+        share = moved / max(1, stored.numel())
+        self.weights.append(ComparedWeight(name, "int8", rounding, sqnr, steps, share))
+        if rounding == "other":
+            self.says(
+                file,
+                name,
+                f"{name} in {file} is up to {steps:.3g} steps away from {source} ({sqnr:.1f} dB), and its scales are "
+                "not those of that weight; it was made from another float model, or is damaged.",
+            )
+
+
+def _distance(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> tuple[float, int, float]:
+    """The largest difference in steps, how many are over half a step, and the SQNR in dB; by blocks of rows."""
+    largest, moved, signal, noise = 0.0, 0, 0.0, 0.0
+    rows = max(1, BLOCK_ELEMENTS * len(weight) // max(1, weight.numel()))
+    for start in range(0, len(weight), rows):
+        block = slice(start, start + rows)
+        channels = block if len(scale) == len(weight) else slice(None)
+        exact, grid = weight[block].double(), scale[channels].double()
+        steps = codes[block].double()
+        if zero_point is not None:
+            steps -= zero_point[channels].double()
+        error = exact - steps * grid
+        signal += float(exact.square().sum())
+        noise += float(error.square().sum())
+        error = (error / grid).abs_()
+        largest = max(largest, float(error.max()))
+        moved += int((error > HALF_A_STEP).sum())
+    return largest, moved, decibels(signal, noise)
+
+
+def _same_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
+    axes = tuple(dim for dim, size in enumerate(weight.shape) if scale.shape[dim] == size)
+    if not axes:
+        return False
+    expected, zeros = calculate_scale_zp_per_channel(weight, symmetric=zero_point is None, axis=axes)
+    return torch.allclose(expected.reshape(scale.shape), scale, rtol=1e-5, atol=0) and (
+        zero_point is None or bool((zeros.reshape(scale.shape) - zero_point).abs().max() <= 1)
+    )
