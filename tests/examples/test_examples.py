@@ -1,0 +1,72 @@
+"""Each example runs as a user runs it, in a process of its own, on a tiny model."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    BertModel,
+    ViTImageProcessor,
+)
+
+from mono_quant_hf.hub import verify_checkpoint
+from tests import tiny_models
+from tests.evaluation.conftest import make_llama, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(name, *arguments):
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    make_llama().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_quantize_and_push(language_model, tmp_path):
+    assert "sound: True" in run("quantize_and_push.py", language_model, tmp_path / "int8")
+    assert verify_checkpoint(tmp_path / "int8", language_model).ok
+    assert (tmp_path / "int8" / "README.md").is_file()
+
+
+def test_vision(tmp_path):
+    tiny_models.vit().save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    said = run("vision.py", tmp_path / "model", tmp_path / "picture.png")
+    assert "picture.png: LABEL_" in said and "same class: 100%" in said
+
+
+def test_embeddings(tmp_path):
+    bert = tiny_models.bert().bert
+    assert isinstance(bert, BertModel)
+    bert.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    said = run("embeddings.py", tmp_path / "model", "the cat sat", "the dog ran")
+    assert float(re.search(r"mean ([\d.]+)", said)[1]) > 0.99
+
+
+def test_export_vllm(language_model, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    run("export_vllm.py", language_model, tmp_path / "int8", tmp_path / "vllm")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "vllm")
+    assert model.config.quantization_config.quant_method == "compressed-tensors"
