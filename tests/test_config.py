@@ -8,13 +8,14 @@ from mono_quant_hf import MonoQuantConfig
 from mono_quant_hf.config import FIELDS, FORMAT_VERSION
 
 EVERY_FIELD = {
-    "weights": "float16",
+    "weights": "int8",
     "symmetric": True,
+    "activations": "int8",
     "quantize_embeddings": True,
     "checksums": "AAAAAAAAAAA=",
     "modules_to_not_convert": ["model.layers.0", "re.*"],
     "module_overrides": {
-        "model.*.mlp.*": {"weights": "int8", "symmetric": True},
+        "model.*.mlp.*": {"weights": "int8", "symmetric": True, "activations": None},
         "re:.*q_proj": {"weights": "float"},
     },
 }
@@ -62,6 +63,13 @@ def test_from_dict_takes_known_keywords_and_hands_back_the_rest():
         ({"module_overrides": {"x": {"bits": 4}}}, ValueError, "sets 'bits'; it may set weights, symmetric"),
         ({"module_overrides": {"x": {"weights": "int4"}}}, ValueError, "int4.*'int8', 'float16', 'float'"),
         ({"module_overrides": {"re:[": {"weights": "float"}}}, ValueError, "re:\\[.*regular expression"),
+        ({"activations": "int4"}, ValueError, "activations='int4'.*'int8'"),
+        ({"weights": "float16", "activations": "int8"}, ValueError, "needs weights='int8', not 'float16'"),
+        (
+            {"module_overrides": {"x": {"weights": "float", "activations": "int8"}}},
+            ValueError,
+            r"\['x'\] sets activations, which need weights='int8', not 'float'",
+        ),
         ({"wieghts": "int8"}, TypeError, "no field 'wieghts'; did you mean 'weights'"),
         (
             {"load_in_8bit_fp32": True},

@@ -60,7 +60,9 @@ def quantize_calibrated(
         assert quantized_class is not None
         if decision.weights != "int8" or name in shared:
             continue
-        target = quantized_class.empty_like(module, "int8", bool(decision.symmetric), name=name)
+        target = quantized_class.empty_like(
+            module, "int8", bool(decision.symmetric), name=name, activations=decision.activations
+        )
         if rounds_with_moments(target):
             targets[name] = target
     if isinstance(calibration, str) and calibration == DATA_FREE:

@@ -134,7 +134,11 @@ class _Quantize:
         quantized_class = quantized_class_for(module)
         assert quantized_class is not None
         return quantized_class.from_float(
-            module, self.decision.weights, bool(self.decision.symmetric), name=self.decision.module
+            module,
+            self.decision.weights,
+            bool(self.decision.symmetric),
+            name=self.decision.module,
+            activations=self.decision.activations,
         )
 
 

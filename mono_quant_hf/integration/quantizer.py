@@ -278,7 +278,11 @@ class _EmptyTwin:
         quantized_class = quantized_class_for(module)
         assert quantized_class is not None
         return quantized_class.empty_like(
-            module, self.decision.weights, bool(self.decision.symmetric), name=self.decision.module
+            module,
+            self.decision.weights,
+            bool(self.decision.symmetric),
+            name=self.decision.module,
+            activations=self.decision.activations,
         )
 
 

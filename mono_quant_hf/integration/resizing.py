@@ -74,7 +74,9 @@ def resize_token_embeddings(model: PreTrainedModel, *args: Any, **kwargs: Any) -
             before = old[name]
             quantized_class = quantized_class_for(module)
             assert quantized_class is not None
-            twin = quantized_class.from_float(module, before.weights, before.symmetric, name)
+            twin = quantized_class.from_float(
+                module, before.weights, before.symmetric, name, activations=before.activations
+            )
             with torch.no_grad():
                 for key in before.storage_names():
                     new, kept = twin.get_parameter(key), before.get_parameter(key)

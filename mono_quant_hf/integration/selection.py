@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from mono_quant_hf.config import MonoQuantConfig
+from mono_quant_hf.config import OVERRIDE_FIELDS, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import STORAGE_DTYPES
 
@@ -35,6 +35,7 @@ class Decision:
         kind: class name of the float module.
         weights: `"int8"`, `"float16"` or `"float"` (left alone).
         symmetric: whether int8 codes go without zero-points; None where not int8.
+        activations: `"int8"` where the input is rounded too, else None.
         reason: why it is left in float, or which setting chose it; empty for the default.
         parameters: number of elements of its own parameters, bias included; a tied weight counts once.
     """
@@ -45,13 +46,14 @@ class Decision:
     symmetric: bool | None
     reason: str
     parameters: int
+    activations: str | None = None
 
     @property
     def quantized(self) -> bool:
         return self.weights != "float"
 
     def left_in_float(self, reason: str) -> Decision:
-        return replace(self, weights="float", symmetric=None, reason=reason)
+        return replace(self, weights="float", symmetric=None, activations=None, reason=reason)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,7 +88,7 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
     tied = getattr(model, "all_tied_weights_keys", {})  # a weight that is another module's counts there
     decisions = []
     for name, module in candidates.items():
-        settings: dict[str, Any] = {"weights": config.weights, "symmetric": config.symmetric}
+        settings: dict[str, Any] = {key: getattr(config, key) for key in OVERRIDE_FIELDS}
         skip, override = skips.first_match(name), overrides.first_match(name)
         if override is not None:
             settings |= (config.module_overrides or {})[override]
@@ -102,6 +104,8 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
             ),
         )
         quantized_class = quantized_class_for(module)
+        if int8 and quantized_class is not None and quantized_class.quantizes_activations:
+            decision = replace(decision, activations=settings["activations"])
         if quantized_class is None:
             decision = decision.left_in_float(f"no quantized form of {type(module).__name__}")
         elif (refusal := quantized_class.refuses(module)) is not None:
@@ -241,7 +245,11 @@ def _decide_together(groups: list[list[str]], decisions: list[Decision]) -> list
             if in_float is None:
                 first = members[0]
                 by_name[member.module] = replace(
-                    member, weights=first.weights, symmetric=first.symmetric, reason=first.reason
+                    member,
+                    weights=first.weights,
+                    symmetric=first.symmetric,
+                    activations=member.activations if first.weights == "int8" else None,
+                    reason=first.reason,
                 )
             elif member.quantized:
                 reason = (

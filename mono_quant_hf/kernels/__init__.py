@@ -16,6 +16,7 @@ def linear(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     bias: Tensor | None = None,
+    activations: str | None = None,
 ) -> Tensor:
     """`x Wᵀ + b` with `W = (weight - zero_point) * scale`, or `W = weight` for a float16 weight.
 
@@ -25,6 +26,8 @@ def linear(
         scale: [N, 1] float32 for int8 codes; None for float16.
         zero_point: [N, 1] int8, or None for symmetric codes.
         bias: [N] floating, or None.
+        activations: `"int8"` rounds x to int8 with a scale for each token, but for its outlier columns, where
+            there are int8 codes, 17 tokens or more and a device that gains by it; see `choose`.
 
     Returns:
         [..., N] in the dtype of `x`, with and without autocast.
@@ -46,6 +49,10 @@ def linear(
             f"bfloat16 or float16, and look for what cast it (the dtype of the quantized weight is {weight.dtype})"
         )
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if activations is not None and scale is not None:
+        result = operators.call_int8_activations(x, weight, scale, zero_point, bias)
+        if result is not None:
+            return result
     if not wants_grad and is_plain(x, weight):
         return operators.compute(x, weight, scale, zero_point, bias)
     if get_kernel() == "portable" or not (x.is_cpu or x.is_meta):

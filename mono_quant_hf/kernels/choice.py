@@ -7,8 +7,10 @@ name of a way, which is then taken wherever it can be:
 - `float`: CPU: int8 codes or float16 weights, turned to float32 as they stream by; Numba
 - `blocks`: CPU: some rows at a time expanded to float32, torch's float32 matmul
 - `portable`: everywhere: expand, then torch's matmul
+- `int8`: x in int8 too, torch's integer matmul; only in layers that ask for int8 activations
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +21,11 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .int8_activations import FEWEST_TOKENS, LONGEST, has_units
 
-KERNELS = ("auto", "int16", "float", "blocks", "portable")
+log = logging.getLogger("mono_quant_hf")
+
+KERNELS = ("auto", "int16", "float", "blocks", "portable", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +77,31 @@ def use_kernel(name: str) -> Iterator[None]:
         set_kernel(before)
 
 
-def choose(x: Tensor, weight: Tensor) -> Choice:
+def choose(x: Tensor, weight: Tensor, activations: str | None = None) -> Choice:
     """The way `linear(x, weight, ...)` is computed in eager mode, and why.
 
     Args:
         x: [..., K], floating.
         weight: [N, K], int8 or float16.
+        activations: as given to `linear`.
 
     Example:
         >>> choose(torch.ones(1, 8, device="meta"), torch.ones(4, 8, dtype=torch.int8, device="meta"))
         Choice(name='portable', reason='the device is meta')
     """
     tokens = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
-    return decide(
+    refused = ""
+    if activations is not None:
+        int8 = decide_int8(
+            x.device.type, x.dtype, weight.dtype, tokens, *weight.shape, is_small(weight), _setting
+        )
+        if int8.name == "int8":
+            return int8
+        refused = f"no int8 activations, as {int8.reason}; "
+    choice = decide(
         x.device.type, x.dtype, weight.dtype, tokens, weight.is_contiguous(), is_small(weight), _setting
     )
+    return Choice(choice.name, refused + choice.reason)
 
 
 def is_small(weight: Tensor) -> bool:
@@ -122,8 +137,54 @@ def decide(
     return _compiled(weight_dtype, tokens, small, setting)
 
 
+@lru_cache(maxsize=4096)
+def decide_int8(
+    device: str,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    tokens: int,
+    n: int,
+    k: int,
+    small: bool,
+    setting: str,
+) -> Choice:
+    """The way "int8" where int8 activations can be had and pay, else a Choice without a name, and the reason."""
+    if weight_dtype != torch.int8:
+        return Choice("", f"the weight is {weight_dtype}")
+    if x_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return Choice("", f"x is {x_dtype}")
+    if setting not in ("auto", "int8"):
+        return Choice("", f"{setting} was asked for")
+    if k > LONGEST:
+        return Choice("", f"{k} input features are more than {LONGEST}")
+    if tokens < FEWEST_TOKENS:
+        return Choice("", f"{tokens} tokens are fewer than {FEWEST_TOKENS}")
+    if device == "cpu":
+        if cpu.forked():
+            return Choice("", "torch's matmul may wait for ever after a fork")
+        if setting == "int8":
+            return Choice("int8", "it was asked for")
+        if small:
+            return Choice("", "the weight is small")
+        if not has_units():
+            return _no_gain("this processor has no int8 matrix instructions that torch uses")
+        return Choice("int8", "int8 products in hardware")
+    if device == "cuda":
+        if n % 8 or k % 8:
+            return Choice("", f"{n} x {k} are no multiples of 8")
+        return Choice("int8", "int8 products in hardware")
+    return _no_gain(f"the device is {device}")
+
+
+@lru_cache(maxsize=16)
+def _no_gain(reason: str) -> Choice:
+    log.warning("activations='int8' changes nothing here: %s. Activations stay in float.", reason)
+    return Choice("", reason)
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=decide.cache_clear)
+    os.register_at_fork(after_in_child=decide_int8.cache_clear)
 
 
 def _compiled(weight_dtype: torch.dtype, tokens: int, small: bool, setting: str) -> Choice:

@@ -606,6 +606,63 @@ def _expand_worker(work):  # type: ignore[no-untyped-def]
                 out[i] = np.float32(np.int32(np.int32(codes[i]) - zero_point)) * scale
 
 
+@_worker
+def _tokens_worker(work):  # type: ignore[no-untyped-def]
+    """Rows of float32 to int8 codes with a scale and the sum of the codes each."""
+    a = numba.carray(work, (_SLOTS,), np.int64)
+    k, m = a[_K], a[_M]
+    steps, sums = _float_at(a[_STEPS]), _double_at(a[_SUMS])
+    counter = a.ctypes.data + 8 * _PREPARED
+    while True:
+        token = _next(counter)
+        if token >= m:
+            return
+        values, codes = _float_at(a[_FLOATS] + 4 * k * token), _int8_at(a[_CODES] + k * token)
+        bits, _ = _size(a[_FLOATS] + 4 * k * token, k)
+        largest = _bits_to_float(bits)
+        step = largest / np.float32(127.0)
+        steps[token] = step
+        inverse = np.float32(0.0)
+        if largest >= np.float32(1e-30) and bits < 0x7F800000:
+            inverse = np.float32(1.0) / step
+        total = np.int32(0)
+        if bits < 0x7F800000:
+            for i in range(k):
+                code = np.int32(np.rint(values[i] * inverse))
+                codes[i] = np.int8(code)
+                total += code
+        else:  # NaN or infinite: so is the step, and the result of this token
+            for i in range(k):
+                codes[i] = np.int8(0)
+        sums[token] = np.float64(total)
+
+
+@_worker
+def _scaled_worker(work):  # type: ignore[no-untyped-def]
+    """out[token, row] += (products - zero_point * sum of the token's codes) * scale * step + bias."""
+    a = numba.carray(work, (_SLOTS,), np.int64)
+    n, m = a[_N], a[_M]
+    steps, sums, scale = _float_at(a[_STEPS]), _double_at(a[_SUMS]), _float_at(a[_SCALE])
+    zero_points, bias = _int8_at(a[_ZERO_POINT]), _float_at(a[_BIAS])
+    counter = a.ctypes.data + 8 * _COUNTER
+    while True:
+        token = _next(counter)
+        if token >= m:
+            return
+        products, out = _int32_at(a[_WEIGHT] + 4 * n * token), _float_at(a[_OUT] + 4 * n * token)
+        step, total = steps[token], np.int32(sums[token])
+        if a[_ZERO_POINT] != 0:
+            for row in range(n):
+                corrected = np.int32(products[row] - np.int32(np.int32(zero_points[row]) * total))
+                out[row] += np.float32(corrected) * (scale[row] * step)
+        else:
+            for row in range(n):
+                out[row] += np.float32(products[row]) * (scale[row] * step)
+        if a[_BIAS] != 0:
+            for row in range(n):
+                out[row] += bias[row]
+
+
 # ---------------------------------------------------------------- what Python calls
 
 _LITTLE = 1 << 17  # multiply-adds that one thread finishes before a second could start
@@ -686,7 +743,24 @@ def expand(launcher, worker, threads, n, k, weight, scale, zero_point, out):  # 
     _run(launcher, worker, a, threads)
 
 
-PREPARE, INT16, FLOAT, EXPAND = (
-    worker.address for worker in (_prepare, _int16_worker, _float_worker, _expand_worker)
+@_compile(numba.njit, types.void(*[types.int64] * 9))
+def quantize_tokens(launcher, worker, threads, k, m, values, codes, steps, sums):  # type: ignore[no-untyped-def]
+    a = _begin(0, k, m, 0, 0, 0, 0, 0, 0, 0, 0)
+    a[_FLOATS], a[_CODES], a[_STEPS], a[_SUMS] = values, codes, steps, sums
+    _run(launcher, worker, a, threads if m * k > _LITTLE else 1)
+
+
+@_compile(numba.njit, types.void(*[types.int64] * 12))
+def add_scaled(  # type: ignore[no-untyped-def]
+    launcher, worker, threads, n, m, products, scale, zero_point, bias, steps, sums, out
+):
+    a = _begin(n, 0, m, products, scale, zero_point, bias, 0, 0, 0, out)
+    a[_STEPS], a[_SUMS] = steps, sums
+    _run(launcher, worker, a, threads if m * n > _LITTLE else 1)
+
+
+PREPARE, INT16, FLOAT, EXPAND, TOKENS, SCALED = (
+    worker.address
+    for worker in (_prepare, _int16_worker, _float_worker, _expand_worker, _tokens_worker, _scaled_worker)
 )
 HALVES = _half_worker.address if HALF else 0

@@ -2,6 +2,7 @@
 
 `float`: int8 codes (one token) or float16 weights, multiplied in float32 as they stream by.
 `int16`: int8 codes by the tokens' values as int16 codes of their own, with a scale for each token.
+Also what int8 activations need before and after the integer product of torch.
 """
 
 import ctypes
@@ -215,3 +216,61 @@ def expand(weight: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor
         out.data_ptr(),
     )
     return out
+
+
+def quantize_tokens(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [M, K], steps float32 [M] and sums of the codes float64 [M] of float32 `values` without gaps."""
+    compiled = _runtime.compiled
+    assert compiled is not None, "only called where load() gave the kernels"
+    m, k = values.shape
+    codes = torch.empty(m, k, dtype=torch.int8)
+    steps = torch.empty(m, dtype=torch.float32)
+    sums = torch.empty(m, dtype=torch.float64)
+    _enter(
+        compiled.quantize_tokens,
+        _runtime.launcher,
+        compiled.TOKENS,
+        _threads(),
+        k,
+        m,
+        values.data_ptr(),
+        codes.data_ptr(),
+        steps.data_ptr(),
+        sums.data_ptr(),
+    )
+    return codes, steps, sums
+
+
+def add_scaled(
+    products: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    steps: Tensor,
+    sums: Tensor,
+    out: Tensor,
+) -> None:
+    """`out += (products - zero_point * sums) * scale * steps + bias`: int32 `products` and float32 `out` [M, N]."""
+    compiled = _runtime.compiled
+    assert compiled is not None, "only called where load() gave the kernels"
+    m, n = products.shape
+    scale = scale.float().contiguous()
+    if zero_point is not None:
+        zero_point = zero_point.to(torch.int8).contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    _enter(
+        compiled.add_scaled,
+        _runtime.launcher,
+        compiled.SCALED,
+        _threads(),
+        n,
+        m,
+        products.data_ptr(),
+        scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        steps.data_ptr(),
+        sums.data_ptr(),
+        out.data_ptr(),
+    )

@@ -1,4 +1,5 @@
-"""The torch operators `mono_quant::linear_int8` and `linear_fp16`, with fake, backward and autograd.
+"""The torch operators `mono_quant::linear_int8`, `linear_fp16` and `linear_int8_activations`, with fake, backward
+and autograd.
 
 Registered by hand rather than as a `custom_op`, whose wrappers cost more than the product of a small layer.
 The backward is an operator too, so that a compiled backward expands nothing whole, and the gradient of the
@@ -10,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, cpu, portable
-from .choice import decide, get_kernel, is_small
+from . import blocks, cpu, int8_activations, portable
+from .choice import decide, decide_int8, get_kernel, is_small
 from .plain import is_plain
 
 _library = torch.library.Library("mono_quant", "DEF")
 _library.define(
     "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias) -> Tensor"
+)
+_library.define(
+    "linear_int8_activations(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias) -> Tensor"
 )
 _library.define("linear_fp16(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define(
@@ -80,6 +84,26 @@ _library.impl("linear_int8", compute, "CompositeExplicitAutograd")
 _library.impl("linear_int8_backward", _compute_backward, "CompositeExplicitAutograd")
 
 
+def _takes_int8(x: Tensor, weight: Tensor) -> bool:
+    n, k = weight.shape
+    tokens = x.numel() // k if k else 0
+    device = "cpu" if x.is_cpu else x.device.type
+    choice = decide_int8(device, x.dtype, weight.dtype, tokens, n, k, is_small(weight), get_kernel())
+    return choice.name == "int8"
+
+
+def _compute_int8_activations(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    if not _takes_int8(x, weight):
+        return compute(x, weight, scale, zero_point, bias)
+    _check(x, weight, scale, zero_point, bias)
+    return int8_activations.forward(x, weight, scale, zero_point, bias)
+
+
+_library.impl("linear_int8_activations", _compute_int8_activations, "CompositeExplicitAutograd")
+
+
 def _linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return compute(x, weight, None, None, bias)
 
@@ -93,6 +117,11 @@ _library.impl("linear_fp16_backward", _linear_fp16_backward, "CompositeExplicitA
 
 
 @torch.library.register_fake("mono_quant::linear_int8", lib=_library)
+def _(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _fake_product(x, weight, 1, 0)
+
+
+@torch.library.register_fake("mono_quant::linear_int8_activations", lib=_library)
 def _(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
     return _fake_product(x, weight, 1, 0)
 
@@ -175,6 +204,37 @@ def call(
     return _ops.linear_int8.default(x, weight, scale, zero_point, bias)
 
 
+class _Int8Activations(_Linear):
+    """The gradient passes the rounding of x as if it were not there: that of the dequantized weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.linear_int8_activations.default(x, weight, scale, zero_point, bias)
+
+
+def call_int8_activations(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """The product with int8 activations; None where the device has none and the layer computes as without."""
+    if x.is_cpu:
+        if is_plain(x, weight) and not _wants_grad(x, bias):
+            return _compute_int8_activations(x, weight, scale, zero_point, bias)
+        return _ops.linear_int8_activations.default(x, weight, scale, zero_point, bias)
+    if x.is_meta or not _takes_int8(x, weight):
+        return None
+    return int8_activations.Int8Activations.apply(x, weight, scale, zero_point, bias)
+
+
 def call_backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
     """The operator of the gradient to x."""
     if scale is None:
@@ -197,6 +257,15 @@ def _autograd_int8(
         return compute(x, weight, scale, zero_point, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return call(x, weight, scale, zero_point, bias)
+
+
+def _autograd_int8_activations(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    if _wants_grad(x, bias):
+        return _Int8Activations.apply(x, weight, scale, zero_point, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.linear_int8_activations.default(x, weight, scale, zero_point, bias)
 
 
 def _autograd_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -223,6 +292,7 @@ def _autograd_fp16_backward(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 _library.impl("linear_int8", _autograd_int8, "Autograd")
+_library.impl("linear_int8_activations", _autograd_int8_activations, "Autograd")
 _library.impl("linear_fp16", _autograd_fp16, "Autograd")
 _library.impl("linear_int8_backward", _autograd_int8_backward, "Autograd")
 _library.impl("linear_fp16_backward", _autograd_fp16_backward, "Autograd")

@@ -42,6 +42,10 @@ class QuantizedModule(nn.Module):
     weights: str
     """`"int8"` or `"float16"`."""
     symmetric: bool
+    activations: str | None = None
+    """`"int8"`: the products round their input to int8 where that pays, see `mono_quant_hf.kernels.linear`."""
+    quantizes_activations: ClassVar[bool] = False
+    """Whether `activations` has a say: in modules that are a matrix product."""
     module_name: str | None
     """Qualified name in the model it was made for, for error messages."""
     float_class: type[nn.Module]
@@ -70,7 +74,15 @@ class QuantizedModule(nn.Module):
         return next(base for base in bases if not issubclass(base, QuantizedModule))
 
     @classmethod
-    def empty_like(cls, module: nn.Module, weights: str, symmetric: bool, name: str | None = None) -> Self:
+    def empty_like(
+        cls,
+        module: nn.Module,
+        weights: str,
+        symmetric: bool,
+        name: str | None = None,
+        *,
+        activations: str | None = None,
+    ) -> Self:
         """A twin of `module` with room for the quantized weights on the same device (also `meta`), not yet filled.
 
         Everything else of the module (bias, hooks, arguments, training mode) is kept as it is.
@@ -84,16 +96,26 @@ class QuantizedModule(nn.Module):
             raise ValueError(f"{name or type(module).__name__} cannot become a {cls.__name__}: {reason}.")
         twin = _twin(module, cls)
         twin._set_up_storage(weights, symmetric, type(module), name)
+        if cls.quantizes_activations and weights == "int8":
+            twin.activations = activations
         return twin
 
     @classmethod
-    def from_float(cls, module: nn.Module, weights: str, symmetric: bool, name: str | None = None) -> Self:
+    def from_float(
+        cls,
+        module: nn.Module,
+        weights: str,
+        symmetric: bool,
+        name: str | None = None,
+        *,
+        activations: str | None = None,
+    ) -> Self:
         """A quantized twin of `module`.
 
         Raises:
             ValueError: a weight cannot be quantized; the message names it.
         """
-        twin = cls.empty_like(module, weights, symmetric, name)
+        twin = cls.empty_like(module, weights, symmetric, name, activations=activations)
         for weight_name in cls.weight_axes:
             weight = module.get_parameter(weight_name)
             for key, tensor in twin.quantized_tensors(weight_name, weight).items():
@@ -162,8 +184,8 @@ class QuantizedModule(nn.Module):
     def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A module of the original class with the dequantized weights in `dtype`."""
         twin = _twin(self, self.float_class)
-        for name in ("weights", "symmetric", "float_class", "module_name"):
-            del twin.__dict__[name]
+        for name in ("weights", "symmetric", "activations", "float_class", "module_name"):
+            twin.__dict__.pop(name, None)
         for weight_name in self.weight_axes:
             for companion in self.companions(weight_name):
                 del twin._parameters[companion]
@@ -250,6 +272,8 @@ class QuantizedModule(nn.Module):
         how = self.weights
         if self.weights == "int8":
             how += ", symmetric" if self.symmetric else ", asymmetric"
+        if self.activations is not None:
+            how += f", activations={self.activations}"
         return f"{super().extra_repr()}, weights={how}"
 
 

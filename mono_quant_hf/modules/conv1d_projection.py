@@ -21,6 +21,7 @@ class QuantizedConv1DProjection(QuantizedModule, Conv1D):
     """
 
     weight_axes: ClassVar[dict[str, int | tuple[int, ...]]] = {"weight": 1}
+    quantizes_activations = True
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -31,6 +32,7 @@ class QuantizedConv1DProjection(QuantizedModule, Conv1D):
             None if scale is None else scale.t(),
             None if zero_point is None else zero_point.t(),
             self.bias,
+            self.activations,
         )
 
     def __repr__(self) -> str:

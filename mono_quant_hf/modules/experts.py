@@ -29,6 +29,8 @@ class QuantizedExperts(OwnForward):
         where the class stores `[experts, in, out]`, `[experts, 1, out]`. Biases stay float `[experts, out]`.
     """
 
+    quantizes_activations = True
+
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
         if not cls.weight_axes:

@@ -51,6 +51,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             for name, tensor in self.quantized_tensors("weight", weight).items():
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
+    quantizes_activations = True
+
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
         # nn.MultiheadAttention computes with the weight of its out_proj itself and never calls it.
@@ -60,7 +62,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         self.check_input(input)
-        return kernels.linear(input, self.weight, self.weight_scale, self.weight_zero_point, self.bias)
+        return kernels.linear(
+            input, self.weight, self.weight_scale, self.weight_zero_point, self.bias, self.activations
+        )
 
 
 def quantize_linear_module(

@@ -16,6 +16,8 @@ class QuantizedLinearVariant(OwnForward):
     Shapes: as `QuantizedLinear`.
     """
 
+    quantizes_activations = True
+
 
 @register_quantized_class_finder
 def linear_variant_for(module: nn.Module) -> type[QuantizedModule] | None:

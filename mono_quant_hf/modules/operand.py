@@ -21,10 +21,19 @@ class QuantizedOperand:
         weight: int8 or float16, `[out, in]` or `[experts, out, in]`; the last two swapped where `out_last`.
         scale, zero_point: as the weight, with size 1 instead of `in`; None as in the kernels.
         out_last: whether the output features are on the last axis.
+        activations: as for `kernels.linear`.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, out_last: bool):
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        out_last: bool,
+        activations: str | None = None,
+    ):
         self.weight, self.scale, self.zero_point, self.out_last = weight, scale, zero_point, out_last
+        self.activations = activations
 
     shape = property(lambda self: self.weight.shape)
     device = property(lambda self: self.weight.device)
@@ -41,7 +50,7 @@ class QuantizedOperand:
         tensors = (None if t is None else change(t) for t in (self.weight, self.scale, self.zero_point))
         weight, scale, zero_point = tensors
         assert weight is not None
-        return QuantizedOperand(weight, scale, zero_point, out_last)
+        return QuantizedOperand(weight, scale, zero_point, out_last, self.activations)
 
     def __getitem__(self, index: Any) -> QuantizedOperand:
         return self._each(lambda tensor: tensor[index], self.out_last)
@@ -78,7 +87,7 @@ class QuantizedOperand:
         """`x Wᵀ + b` where W has the output features first: for one expert, or for `x` `[experts, tokens, in]`."""
         rows = self.mT if self.out_last else self
         if self.dim() == 2:
-            return kernels.linear(x, rows.weight, rows.scale, rows.zero_point, bias)
+            return kernels.linear(x, rows.weight, rows.scale, rows.zero_point, bias, self.activations)
         if x.dim() != 3 or x.shape[0] != self.shape[0]:
             raise NotImplementedError(
                 f"Quantized experts of shape {tuple(self.shape)} cannot be multiplied with an input of shape "

@@ -33,7 +33,7 @@ class OwnForward(QuantizedModule):
         stored, axes = self.get_parameter(name), self.weight_axes[name]
         scale, zero_point = self._parameters[f"{name}_scale"], self._parameters[f"{name}_zero_point"]
         out_axis = axes if isinstance(axes, int) else max(axes)
-        return QuantizedOperand(stored, scale, zero_point, out_axis == stored.dim() - 1)
+        return QuantizedOperand(stored, scale, zero_point, out_axis == stored.dim() - 1, self.activations)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so that pickle would not find it by its name.

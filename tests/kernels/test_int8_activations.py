@@ -1,0 +1,148 @@
+"""Products whose input is rounded to int8 too: as accurate as int8 is, outliers and odd inputs included."""
+
+import logging
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mono_quant_hf.core import sqnr
+from mono_quant_hf.kernels import choice, choose, expand, linear, use_kernel
+from mono_quant_hf.kernels.int8_activations import FEWEST_TOKENS
+
+from .test_linear import codes
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def int8_way():
+    """Also on a processor without the instructions, where it is only slow."""
+    with use_kernel("int8"):
+        yield
+
+
+def exact(x, weight, scale, zero_point=None, bias=None):
+    full = expand(weight, scale, zero_point, torch.float64)
+    return functional.linear(x.double(), full, None if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("symmetric", (False, True))
+@pytest.mark.parametrize("with_bias", (False, True))
+def test_as_accurate_as_int8_is(dtype, symmetric, with_bias):
+    weight, scale, zero_point = codes(96, 640, symmetric)
+    bias = torch.randn(96) if with_bias else None
+    for shape in ((33, 640), (2, 20, 640)):
+        x = torch.randn(shape).to(dtype)
+        result = linear(x, weight, scale, zero_point, bias, "int8")
+        reference = exact(x, weight, scale, zero_point, bias)
+        assert result.dtype == dtype
+        assert result.shape == reference.shape
+        assert 35 < sqnr(reference, result.double()) < 70  # the input was rounded
+
+
+def test_outlier_columns_stay_out_of_the_codes():
+    weight, scale, _ = codes(64, 640, symmetric=True)
+    x = torch.randn(40, 640)
+    plain = sqnr(exact(x, weight, scale), linear(x, weight, scale, activations="int8").double())
+    x[:, [3, 77, 600]] *= 1000
+    few = sqnr(exact(x, weight, scale), linear(x, weight, scale, activations="int8").double())
+    assert few > plain + 20  # what the outliers make of the result is exact
+
+
+def test_the_torch_operations_give_the_same(monkeypatch):
+    weight, scale, zero_point = codes(96, 640)
+    x, bias = torch.randn(40, 640), torch.randn(96)
+    compiled = linear(x, weight, scale, zero_point, bias, "int8")
+    monkeypatch.setattr("mono_quant_hf.kernels.cpu.load", lambda: None)
+    plain = linear(x, weight, scale, zero_point, bias, "int8")
+    assert sqnr(plain.double(), compiled.double()) > 60
+
+
+def test_a_transposed_weight():
+    weight, scale, zero_point = codes(96, 640)
+    x = torch.randn(40, 640)
+    expected = linear(x, weight, scale, zero_point, activations="int8")
+    stored = weight.t().contiguous().t()
+    torch.testing.assert_close(linear(x, stored, scale, zero_point, activations="int8"), expected)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_a_token_without_numbers_leaves_the_others_alone(value):
+    weight, scale, zero_point = codes(96, 640)
+    x = torch.randn(40, 640)
+    expected = linear(x, weight, scale, zero_point, activations="int8")
+    x[7, 5] = value
+    result = linear(x, weight, scale, zero_point, activations="int8")
+    assert not result[7].isfinite().any()
+    others = torch.arange(40) != 7
+    assert sqnr(expected[others].double(), result[others].double()) > 35
+
+
+def test_zeros_stay_zeros():
+    weight, scale, zero_point = codes(96, 640)
+    assert not linear(torch.zeros(20, 640), weight, scale, zero_point, activations="int8").any()
+
+
+def test_few_tokens_and_float16_weights_are_computed_as_without():
+    weight, scale, zero_point = codes(96, 640)
+    x = torch.randn(FEWEST_TOKENS - 1, 640)
+    assert torch.equal(
+        linear(x, weight, scale, zero_point, activations="int8"), linear(x, weight, scale, zero_point)
+    )
+    x = torch.randn(40, 640)
+    half = torch.randn(96, 640).half()
+    assert torch.equal(linear(x, half, activations="int8"), linear(x, half))
+
+
+def test_the_gradient_is_that_of_the_dequantized_weight():
+    weight, scale, zero_point = codes(96, 640)
+    x = torch.randn(40, 640, requires_grad=True)
+    bias = torch.zeros(96, requires_grad=True)
+    grad = torch.randn(40, 96)
+    linear(x, weight, scale, zero_point, bias, "int8").backward(grad)
+    torch.testing.assert_close(x.grad, grad @ expand(weight, scale, zero_point), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+
+
+def test_compiles_without_a_break_and_exports():
+    weight, scale, zero_point = codes(96, 640)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return torch.relu(linear(x, weight, scale, zero_point, activations="int8"))
+
+    x = torch.randn(40, 640)
+    expected = Layer()(x)
+    compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    exported = torch.export.export(Layer(), (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+
+
+def test_what_was_chosen_and_why(monkeypatch, caplog):
+    weight, _, _ = codes(96, 640)
+    x = torch.randn(40, 640)
+    assert choose(x, weight, "int8").name == "int8"
+    assert "fewer than 17" in choose(x[:3], weight, "int8").reason
+    with use_kernel("float"):
+        assert "float was asked for" in choose(x, weight, "int8").reason
+    choice.decide_int8.cache_clear()
+    choice._no_gain.cache_clear()
+    monkeypatch.setattr(choice, "has_units", lambda: False)
+    with use_kernel("auto"), caplog.at_level(logging.WARNING, "mono_quant_hf"):
+        assert "no int8 matrix instructions" in choose(x, weight, "int8").reason
+        assert choose(torch.randn(41, 640), weight, "int8").name != "int8"
+    assert len(caplog.records) == 1
+    assert "activations='int8' changes nothing here" in caplog.text
+    choice.decide_int8.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda():
+    weight, scale, zero_point = (tensor.cuda() for tensor in codes(96, 640))
+    x = torch.randn(40, 640, device="cuda")
+    result = linear(x, weight, scale, zero_point, activations="int8")
+    assert sqnr(exact(x, weight, scale, zero_point), result.double()) > 35
