@@ -4,7 +4,9 @@
     python examples/loading_benchmark.py ./my-float-model --repeats 5 --json loading.json
 
 Each load runs in a process of its own, the cases in turn, so that a drift of the machine meets all of them.
-"Touch" reads a byte of every page of every parameter, since a file that is only mapped has not been loaded.
+After `from_pretrained` every byte of every parameter is read, as a first forward does: a file that is only mapped
+has not been loaded. Twice: "warm", with the files in the page cache, and "cold", after they were taken out of it, as
+with a model that is larger than the memory; what the process then read from the disk is shown.
 The peak is that of anonymous memory (`RssAnon` of /proc/self/status; Linux) over what the imports alone take:
 float weights that stay mapped are none.
 """
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -37,6 +41,28 @@ def anonymous_memory() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise OSError("RssAnon is not in /proc/self/status; the benchmark needs Linux.")
+
+
+def read_from_disk() -> int:
+    """Bytes that this process has had fetched from a disk; what came from the page cache does not count."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    raise OSError("read_bytes is not in /proc/self/io; the benchmark needs Linux.")
+
+
+def put_out_of_the_cache(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())  # pages that are not written yet would stay
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def put_into_the_cache(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(16 * MB):
+                pass
 
 
 class PeakMemory:
@@ -106,29 +132,33 @@ def load(case: str, folder: str) -> dict[str, float]:
     config = {} if quantization is None else {"quantization_config": quantization}
     torch.ones(8).sum()  # torch's threads and allocators are up
     with PeakMemory() as memory:
+        before = read_from_disk()
         started = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
         for tensor in [*model.parameters(), *model.buffers()]:
-            touch(tensor)
+            read(tensor)
         seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
         "peak": memory.peak - memory.start,
+        "disk": read_from_disk() - before,
         "model": model.get_memory_footprint(),
     }
 
 
-def touch(tensor: Any) -> None:
-    """Read a tensor once, whatever it is made of."""
+def read(tensor: Any) -> None:
+    """Read every byte of a tensor, whatever it is made of."""
     import torch
 
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         for name in inner()[0]:
-            touch(getattr(tensor, name))
+            read(getattr(tensor, name))
         return
     raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-    raw[::4096].sum()  # one byte of every page
+    words = len(raw) // 8 * 8
+    raw[:words].view(torch.int64).sum()
+    raw[words:].sum()
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:
@@ -170,6 +200,19 @@ def save_quantized(source: str, folder: str) -> None:
     model.save_pretrained(folder, max_shard_size="500MB")
 
 
+def machine() -> str:
+    """Processor, cores, memory and the versions that matter, in one line."""
+    import torch
+    import transformers
+
+    words = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return (
+        f"{os.cpu_count()} cores of {words.strip(chr(9) + ' :') or platform.machine()}, {memory:.0f} GB; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
 def largest_tensor(folder: Path) -> int:
     """Bytes of the largest tensor of a checkpoint, in float32."""
     from safetensors import safe_open
@@ -187,9 +230,9 @@ def largest_tensor(folder: Path) -> int:
 
 
 def measure(
-    source: Path, quantized: Path, repeats: int, say: Callable[[str], None]
+    source: Path, quantized: Path, repeats: int, cache: str, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Medians of every case that can run here."""
+    """Medians of every case that can run here, with a `cache` that is "warm" or "cold"."""
     runs: dict[str, list[dict[str, float]]] = {}
     skipped: dict[str, str] = {}
     for repeat in range(repeats):
@@ -199,8 +242,9 @@ def measure(
             if package is not None and importlib.util.find_spec(package.partition(".")[0]) is None:
                 skipped[case] = "not installed"
                 continue
-            say(f"{repeat + 1}/{repeats} {case} ...")
+            say(f"{repeat + 1}/{repeats} {cache} {case} ...")
             folder = quantized if case == "ours int8, reload" else source
+            (put_into_the_cache if cache == "warm" else put_out_of_the_cache)(folder)
             try:
                 runs.setdefault(case, []).append(in_a_process("--one", case, str(folder)))
             except RuntimeError as problem:
@@ -216,16 +260,17 @@ def measure(
 def table(results: dict[str, dict[str, Any]]) -> str:
     reference = results["float32"]["seconds"]
     lines = [
-        "| case | time, of float32's | time, s | peak, MB | model, MB | peak over model, MB |",
-        "| --- " * 6 + "|",
+        "| case | time, of float32's | time, s | read from disk, MB | peak, MB | model, MB | peak over model, MB |",
+        "| --- " * 7 + "|",
     ]
     for case, result in results.items():
         if "skipped" in result:
-            lines.append(f"| {case} | skipped: {result['skipped']} | | | | |")
+            lines.append(f"| {case} | skipped: {result['skipped']} | | | | | |")
             continue
         seconds, peak, model = result["seconds"], result["peak"] / MB, result["model"] / MB
         lines.append(
-            f"| {case} | {seconds / reference:.2f} | {seconds:.2f} | {peak:.0f} | {model:.0f} | {peak - model:+.0f} |"
+            f"| {case} | {seconds / reference:.2f} | {seconds:.2f} | {result['disk'] / MB:.0f} | {peak:.0f} | "
+            f"{model:.0f} | {peak - model:+.0f} |"
         )
     return "\n".join(lines)
 
@@ -254,11 +299,16 @@ def main(argv: list[str] | None = None) -> int:
             make_model(arguments.shape, source)
         quantized = Path(temporary) / "int8"
         save_quantized(str(source), str(quantized))
-        results = measure(source, quantized, arguments.repeats, lambda line: print(line, file=sys.stderr))
-        print(table(results))
+        print(machine())
+        results = {}
+        for cache in ("warm", "cold"):
+            results[cache] = measure(
+                source, quantized, arguments.repeats, cache, lambda line: print(line, file=sys.stderr)
+            )
+            print(f"\n{cache} page cache\n\n{table(results[cache])}")
         print(f"\nLargest tensor in float32: {largest_tensor(source) / MB:.0f} MB")
         if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+            arguments.json.write_text(json.dumps({"machine": machine(), **results}, indent=2) + "\n")
     return 0
 
 

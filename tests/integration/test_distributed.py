@@ -31,8 +31,19 @@ WORDS = [
     "hum",
 ]
 
-# accelerate launch starts several processes on a CPU only through MPI; its PartialState takes torchrun's as well.
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# With --cpu it starts one process, or several through MPI; with --multi_gpu several, which need no GPU.
+ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += [
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+    "0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def launch(*command):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, "-m", *command],
         env=environment,
@@ -58,10 +69,11 @@ def launch(*command):
     )
 
 
-def test_the_example_shares_its_windows_and_gives_the_same_perplexity(folder, tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
+def test_the_example_shares_its_windows_and_gives_the_same_perplexity(launcher, folder, tmp_path):
     example = [str(ROOT / "examples" / "perplexity.py"), str(folder), "--text-file", str(folder / "text.txt")]
     example += ["--no-divergence", "--quiet", "--window", "32", "--stride", "16", "--weights", "both"]
-    two = launch(*TORCHRUN, *example, "--json", str(tmp_path / "two.json"))
+    two = launch(*launcher, *example, "--json", str(tmp_path / "two.json"))
     assert two.returncode == 0, two.stderr
     assert "split over 2 processes" in two.stdout
     assert len(re.findall(r"^weights ", two.stdout, re.MULTILINE)) == 1  # one process tells
