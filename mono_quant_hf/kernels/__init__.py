@@ -6,8 +6,19 @@ from torch import Tensor
 from . import expansion, operators, portable
 from .choice import KERNELS, Choice, choose, get_kernel, set_kernel, use_kernel
 from .plain import is_plain
+from .quantization import quantize
 
-__all__ = ["KERNELS", "Choice", "choose", "expand", "get_kernel", "linear", "set_kernel", "use_kernel"]
+__all__ = [
+    "KERNELS",
+    "Choice",
+    "choose",
+    "expand",
+    "get_kernel",
+    "linear",
+    "quantize",
+    "set_kernel",
+    "use_kernel",
+]
 
 
 def linear(

@@ -663,6 +663,68 @@ def _scaled_worker(work):  # type: ignore[no-untyped-def]
                 out[row] += bias[row]
 
 
+_MOST_KEY, _LEAST_KEY = 0x7F800000, -0x7F800001  # of the two infinities, see _ordered
+_TINY = np.finfo(np.float32).tiny
+
+
+@_inline
+def _ordered(bits):  # type: ignore[no-untyped-def]
+    """The bits of a float32 as an integer that is ordered as the floats are, NaN beyond infinity; and back."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
+
+
+@_inline
+def _range(row, k):  # type: ignore[no-untyped-def]
+    """The least and the largest of 0 and the floats of a row, as `_ordered` gives them."""
+    bits = _int32_at(row)
+    least = most = np.int32(0)
+    for i in range(k):
+        key = _ordered(bits[i])
+        least, most = min(least, key), max(most, key)
+    return least, most
+
+
+@_inline
+def _encode(row, k, codes, scale, zero_point, lowest):  # type: ignore[no-untyped-def]
+    source, target = _float_at(row), _int8_at(codes)
+    inverse = np.float32(1.0) / scale
+    for i in range(k):
+        step = np.float32(np.rint(source[i] * inverse) + zero_point)
+        target[i] = np.int8(np.int32(min(max(step, lowest), np.float32(127.0))))
+
+
+@_worker
+def _encode_worker(work):  # type: ignore[no-untyped-def]
+    """Float32 rows to codes, as core.quantize_to_codes, to the bit; the scale of a row without a range is NaN."""
+    a = numba.carray(work, (_SLOTS,), np.int64)
+    n, k, chunk = a[_N], a[_K], a[_CHUNK]
+    counter = a.ctypes.data + 8 * _COUNTER
+    while True:
+        first = _next(counter) * chunk
+        if first >= n:
+            return
+        for index in range(first, min(first + chunk, n)):
+            row = a[_X] + 4 * k * index
+            least, most = _range(row, k)
+            if most >= _MOST_KEY or least <= _LEAST_KEY:
+                _float_at(a[_SCALE])[index] = np.float32(np.nan)
+                continue
+            low, high = _bits_to_float(_ordered(least)), _bits_to_float(_ordered(most))
+            scale, zero_point, lowest = np.float32(1.0), np.float32(0.0), np.float32(-127.0)
+            if a[_ZERO_POINT] == 0:
+                if low != high:
+                    scale = max(max(-low, high) / np.float32(127.0), _TINY)
+            else:
+                lowest = np.float32(-128.0)
+                if low != high:
+                    scale = max((high - low) / np.float32(255.0), _TINY)
+                    zero_point = np.rint(np.float32(-128.0) - low / scale)
+                    zero_point = min(max(zero_point, lowest), np.float32(127.0))
+                _int8_at(a[_ZERO_POINT])[index] = np.int8(np.int32(zero_point))
+            _float_at(a[_SCALE])[index] = scale
+            _encode(row, k, a[_OUT] + k * index, scale, zero_point, lowest)
+
+
 # ---------------------------------------------------------------- what Python calls
 
 _LITTLE = 1 << 17  # multiply-adds that one thread finishes before a second could start
@@ -759,8 +821,25 @@ def add_scaled(  # type: ignore[no-untyped-def]
     _run(launcher, worker, a, threads if m * n > _LITTLE else 1)
 
 
-PREPARE, INT16, FLOAT, EXPAND, TOKENS, SCALED = (
+@_compile(numba.njit, types.void(*[types.int64] * 9))
+def encode(launcher, worker, threads, n, k, weight, codes, scale, zero_point):  # type: ignore[no-untyped-def]
+    a = _begin(n, k, 0, 0, scale, zero_point, 0, 0, weight, 0, codes)
+    if n * k < _LITTLE // 4:
+        threads = 1
+    a[_CHUNK] = _chunk(n, 4 * k, threads)
+    _run(launcher, worker, a, threads)
+
+
+PREPARE, INT16, FLOAT, EXPAND, TOKENS, SCALED, ENCODE = (
     worker.address
-    for worker in (_prepare, _int16_worker, _float_worker, _expand_worker, _tokens_worker, _scaled_worker)
+    for worker in (
+        _prepare,
+        _int16_worker,
+        _float_worker,
+        _expand_worker,
+        _tokens_worker,
+        _scaled_worker,
+        _encode_worker,
+    )
 )
 HALVES = _half_worker.address if HALF else 0

@@ -274,3 +274,25 @@ def add_scaled(
         sums.data_ptr(),
         out.data_ptr(),
     )
+
+
+def encode(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+    """Fill the codes, scales and zero-points of a float32 weight, all without gaps; a scale for each row.
+
+    A scale that is not finite says that the row has no range; its codes are not written.
+    """
+    compiled = _runtime.compiled
+    assert compiled is not None, "only called where load() gave the kernels"
+    n = weight.shape[0]
+    _enter(
+        compiled.encode,
+        _runtime.launcher,
+        compiled.ENCODE,
+        _threads(),
+        n,
+        weight.numel() // n,
+        weight.data_ptr(),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+    )

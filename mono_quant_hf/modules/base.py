@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from mono_quant_hf.core import dequantize_codes, quantize_to_codes, quantize_weight_fp16
+from mono_quant_hf import kernels
+from mono_quant_hf.core import dequantize_codes, quantize_weight_fp16
 
 STORAGE_DTYPES = {"int8": torch.int8, "float16": torch.float16}
 """What `weights` may be, and the dtype that the weight is stored in."""
@@ -171,7 +172,7 @@ class QuantizedModule(nn.Module):
         return tensors
 
     def _quantize(self, weight_name: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return quantize_to_codes(weight, self.symmetric, self.weight_axes[weight_name])
+        return kernels.quantize(weight, self.symmetric, self.weight_axes[weight_name])
 
     def dequantized(self, weight_name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in `dtype`."""

@@ -1,0 +1,38 @@
+"""Floats to codes, in one pass where the compiled kernels can, else core's way: the same numbers."""
+
+import torch
+from torch import Tensor
+
+from mono_quant_hf.core import quantize_to_codes
+
+from . import cpu
+from .plain import is_plain
+
+LARGE = 2**18  # elements; smaller weights are not worth loading the kernels for
+
+
+def quantize(
+    weight: Tensor, symmetric: bool = False, axis: int | tuple[int, ...] = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`core.quantize_to_codes`, quicker for large float32 weights on a CPU with a scale for each first index."""
+    if not _rows_of_floats(weight, axis) or not is_plain(weight, weight) or cpu.load() is None:
+        return quantize_to_codes(weight, symmetric, axis)
+    shape = [len(weight)] + [1] * (weight.dim() - 1)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(shape, dtype=torch.float32)
+    zero_point = None if symmetric else torch.empty(shape, dtype=torch.int8)
+    cpu.encode(weight, codes, scale, zero_point)
+    if not bool(torch.isfinite(scale).all()):
+        return quantize_to_codes(weight, symmetric, axis)  # which says what is wrong
+    return codes, scale, zero_point
+
+
+def _rows_of_floats(weight: Tensor, axis: int | tuple[int, ...]) -> bool:
+    return (
+        axis in (0, (0,))
+        and weight.dim() > 1
+        and weight.is_cpu
+        and weight.dtype is torch.float32
+        and weight.numel() >= LARGE
+        and weight.is_contiguous()
+    )
