@@ -95,6 +95,8 @@ def draw_png(report: QuantizationReport, path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         if role == OUTSIDE:
             ax.set_xticks(xs, [m.module or m.kind for m in modules], fontsize=7)
+        else:
+            ax.locator_params(axis="x", integer=True)
     top[0].supylabel("SQNR of the weight, dB (dot) down to its worst channel (bar)", fontsize=8)
     axes[-1].set_xlabel("layer", fontsize=8)
     below = top[1].subplots(2 if dear else 1, 1, squeeze=False, height_ratios=heights[len(by_role) or 1 :])[
@@ -289,7 +291,8 @@ def _strip(role: str, modules: Sequence[ModuleReport], span: tuple[float, float]
                 f'<text x="{x(position):.1f}" y="{height - 4}" text-anchor="middle">{escape(name)}</text>'
             )
     else:
-        for position in sorted({first, (first + last) // 2, last}):
+        few = last - first < 8
+        for position in range(first, last + 1) if few else (first, (first + last) // 2, last):
             label = f"layer {position}" if position == first else str(position)
             marks.append(f'<text x="{x(position):.1f}" y="{height - 4}" text-anchor="middle">{label}</text>')
     return _svg(width, height, marks, f"SQNR of {role} by layer")
