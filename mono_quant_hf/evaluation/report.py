@@ -38,6 +38,7 @@ class ModuleReport:
         symmetric: whether int8 codes go without zero-points; None where not int8.
         reason: why it was left in float, or which setting chose it.
         parameters: elements of its own parameters.
+        activations: "int8" where the input is rounded too, else None; no other figure of the weight depends on it.
         bytes_before, bytes_after: its parameters in the float dtype, and as they are now, scales included.
         sqnr: of the weight in dB; None for a module left in float, inf where nothing was lost.
         sqnr_source: "float weights" where it was measured against them, "estimated from the grid" where the
@@ -58,6 +59,7 @@ class ModuleReport:
     parameters: int
     bytes_before: int
     bytes_after: int
+    activations: str | None = None
     sqnr: float | None = None
     sqnr_source: str | None = None
     worst_channel: int | None = None
