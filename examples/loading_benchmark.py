@@ -30,6 +30,10 @@ from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
+    "8b-layer": {
+        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1, "vocab_size": 32000},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8},
+    },
     "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 32000},
 }
 MB = 1_000_000
@@ -177,9 +181,8 @@ def make_model(shape: str, folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=False, **SHAPES[shape]
-    )
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4}
+    config = LlamaConfig(tie_word_embeddings=False, **{**heads, **SHAPES[shape]})
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.to_empty(device="cpu")

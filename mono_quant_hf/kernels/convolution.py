@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .portable import compute_dtype, expand, without_autocast
+from .expansion import expand
+from .portable import compute_dtype, without_autocast
 
 
 def convolution(

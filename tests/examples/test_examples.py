@@ -1,5 +1,6 @@
 """Each example runs as a user runs it, in a process of its own, on a tiny model."""
 
+import json
 import os
 import re
 import subprocess
@@ -70,3 +71,39 @@ def test_export_vllm(language_model, tmp_path):
     run("export_vllm.py", language_model, tmp_path / "int8", tmp_path / "vllm")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "vllm")
     assert model.config.quantization_config.quant_method == "compressed-tensors"
+
+
+def test_benchmark(language_model, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat " * 40, encoding="utf-8")
+    options = ["--repeats", 1, "--tokens", 3, "--prompt", 8, "--prefill", 20, "--json", tmp_path / "out.json"]
+    options += ["--text-file", tmp_path / "text.txt", "--dtypes", "float32", "--only", "ours"]
+    said = run("benchmark.py", language_model, *options)
+    rows = {row["case"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert set(rows) == {
+        "float32",
+        "ours int8",
+        "ours int8 with embeddings",
+        "ours int8 activations",
+        "ours float16",
+        "ours int8, codes in float",
+    }
+    assert rows["float32"]["ratio"] == {"decode": 1.0, "prefill": 1.0}
+    assert rows["ours int8 with embeddings"]["bytes"] < rows["ours int8"]["bytes"] < rows["float32"]["bytes"]
+    assert f"{rows['ours int8']['ratio']['decode']:.2f}" in said
+    scores = [rows[name]["perplexity"] for name in ("ours int8", "ours int8, codes in float")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
+def test_compiled_benchmark(language_model):
+    options = ["--repeats", 1, "--tokens", 3, "--prompt", 8, "--prefill", 20, "--only", "embeddings"]
+    said = run("benchmark.py", language_model, "--compile", "--dtypes", "float32", *options)
+    assert ", compiled;" in said and "ours int8 with embeddings" in said
+
+
+def test_vision_benchmark(tmp_path):
+    tiny_models.vit().save_pretrained(tmp_path / "model")
+    options = ["--batches", 2, "--size", 32, "--repeats", 1, "--json", tmp_path / "out.json"]
+    run("vision_benchmark.py", tmp_path / "model", *options)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == ["float32", "int8", "int8 symmetric", "float16"]
+    assert rows[1]["bytes"] < rows[3]["bytes"] < rows[0]["bytes"]
