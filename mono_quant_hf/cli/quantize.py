@@ -9,7 +9,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.calibration import Compensation, Sampling
-from mono_quant_hf.config import WEIGHT_TYPES
+from mono_quant_hf.config import ACTIVATION_TYPES, WEIGHT_TYPES
 from mono_quant_hf.hub import quantize_checkpoint
 from mono_quant_hf.hub.folders import check_destination, written_beside
 
@@ -53,6 +53,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="storage of weights (int8)")
     command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
     command.add_argument(
+        "--activations", choices=ACTIVATION_TYPES, help="round what goes into products too, as the model runs"
+    )
+    command.add_argument(
         "--skip",
         action="append",
         metavar="NAME",
@@ -89,14 +92,20 @@ def run(arguments: argparse.Namespace) -> int:
         and arguments.calibration
     ):
         raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
-    if arguments.weights != "int8" and (arguments.symmetric or arguments.calibration):
+    if arguments.weights != "int8" and (
+        arguments.symmetric or arguments.activations or arguments.calibration
+    ):
         raise CommandError(
-            f"--symmetric and --calibration are for int8, not for --weights {arguments.weights}."
+            "--symmetric, --activations and --calibration are for int8, "
+            f"not for --weights {arguments.weights}."
         )
     if arguments.calibration != "text" and (arguments.text_file or arguments.dataset):
         raise CommandError("a text is for --calibration text; add that, or leave the text out.")
     config = MonoQuantConfig(
-        weights=arguments.weights, symmetric=arguments.symmetric, modules_to_not_convert=arguments.skip
+        weights=arguments.weights,
+        symmetric=arguments.symmetric,
+        activations=arguments.activations,
+        modules_to_not_convert=arguments.skip,
     )
     how = "calibrated"
     if arguments.calibration:

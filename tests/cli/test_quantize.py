@@ -27,10 +27,24 @@ def same(a, b):
 
 
 def test_plain(folder, capsys):
-    assert main(["quantize", str(folder / "float"), str(folder / "int8"), "--skip", "o_proj"]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                str(folder / "float"),
+                str(folder / "int8"),
+                "--skip",
+                "o_proj",
+                "--activations",
+                "int8",
+            ]
+        )
+        == 0
+    )
     assert "saved to" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(folder / "int8")
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    up = model.model.layers[0].mlp.up_proj
+    assert up.weight.dtype == torch.int8 and up.activations == "int8"
     assert model.model.layers[0].self_attn.o_proj.weight.dtype == torch.float32
     assert AutoTokenizer.from_pretrained(folder / "int8")("the cat")["input_ids"]
 
@@ -61,6 +75,7 @@ def test_mistakes_are_told_in_one_line(folder, capsys):
         ([source, str(folder / "full")], "there already"),
         (["./nothing", new], "no folder"),
         ([source, new, "--weights", "float16", "--calibration", "self"], "for int8"),
+        ([source, new, "--weights", "float16", "--activations", "int8"], "for int8"),
         ([source, new, "--text-file", "book.txt"], "--calibration text"),
         ([source, new, "--calibration", "self", "--samples", "0"], "samples"),
         ([source, new, "--calibration", "self", "--damping", "2"], "damping"),
