@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from transformers import (
     AutoModelForCausalLM,
     BertModel,
     ViTImageProcessor,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
 
 from mono_quant_hf.hub import verify_checkpoint
 from tests import tiny_models
 from tests.evaluation.conftest import make_llama, make_tokenizer
+from tests.integration.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +59,23 @@ def test_vision(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     said = run("vision.py", tmp_path / "model", tmp_path / "picture.png")
     assert "picture.png: LABEL_" in said and "same class: 100%" in said
+
+
+def test_speech(tmp_path):
+    config = next(family for family in FAMILIES if family.name == "Whisper").config()
+    config.max_source_positions = 50  # a second of sound: 100 frames, of which the encoder halves the number
+    WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=1).save_pretrained(
+        tmp_path / "model"
+    )
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16000)
+        sound.writeframes(np.zeros(16000, dtype=np.int16).tobytes())
+    said = run("speech.py", tmp_path / "model", tmp_path / "sound.wav")
+    assert re.search(r"^float32 \(.*^int8 \(", said, flags=re.M | re.S)
 
 
 def test_embeddings(tmp_path):
