@@ -40,6 +40,16 @@ class Compensation:
             closely that text of another kind may come out worse than with the nearest codes.
         sweeps: of coordinate descent after the first pass.
         drift: how much of the error that a layer's rounded predecessors leave in its input it makes up for, 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf import quantize_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> _ = quantize_model(model, calibration=torch.randn(64, 16), compensation=Compensation(damping=0.01))
+        >>> Compensation(damping=2)
+        Traceback (most recent call last):
+            ...
+        ValueError: damping is 2, but it must be from 0 to 1.
     """
 
     damping: float = 0.1
@@ -100,7 +110,17 @@ class _Layer:
 
 
 def rounds_with_moments(target: QuantizedModule) -> bool:
-    """Whether calibration has a say in the module's codes: int8, and a plain matrix product."""
+    """Whether calibration has a say in the module's codes: int8, and a plain matrix product.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf.modules import QuantizedEmbedding, QuantizedLinear
+        >>> rounds_with_moments(QuantizedLinear(8, 2))
+        True
+        >>> table = torch.nn.Embedding(9, 8)
+        >>> rounds_with_moments(QuantizedEmbedding.from_float(table, "int8", symmetric=False))
+        False
+    """
     return (
         target.weights == "int8" and list(target.weight_axes) == ["weight"] and layout_of(target) is not None
     )
@@ -112,6 +132,17 @@ def balance(module: nn.Module, target: QuantizedModule) -> QuantizedModule:
     Args:
         module: the float module.
         target: its quantized twin, of a kind for which `rounds_with_moments`.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf.modules import QuantizedLinear
+        >>> layer = torch.nn.Linear(64, 4)
+        >>> def sum_of_errors(quantized):
+        ...     return (quantized.dequantized("weight", torch.float32) - layer.weight).sum(1).abs().max()
+        >>> nearest = QuantizedLinear.from_float(layer, "int8", symmetric=True)
+        >>> balanced = balance(layer, QuantizedLinear.empty_like(layer, "int8", symmetric=True))
+        >>> bool(sum_of_errors(balanced) < sum_of_errors(nearest))
+        True
     """
     layout = layout_of(module)
     assert layout is not None
@@ -155,6 +186,17 @@ def calibrate(
 
     Raises:
         ValueError: there are no batches, the inputs overflow, or the folder is of another run.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf.modules import QuantizedLinear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> targets = {name: QuantizedLinear.empty_like(model.get_submodule(name), "int8", symmetric=True)
+        ...            for name in ("0", "2")}
+        >>> calibrate(model, targets, [{"input": torch.randn(64, 16)}])
+        []
+        >>> targets["2"].weight.dtype, model[2].weight.dtype
+        (torch.int8, torch.float32)
     """
     if not batches:
         raise ValueError("There are no calibration samples; give at least one.")

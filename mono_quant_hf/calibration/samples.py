@@ -29,6 +29,16 @@ class Sampling:
         batch_size: rows fed at once.
         column: of a dataset, the one that holds the text.
         seed: of the text that the model writes itself.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                      num_attention_heads=1)
+        >>> sampling = Sampling(samples=4, length=16, batch_size=2)
+        >>> batches = calibration_batches(LlamaForCausalLM(config), "self", sampling=sampling)
+        >>> [list(batch["input_ids"].shape) for batch in batches]
+        [[2, 16], [2, 16]]
     """
 
     samples: int = 128
@@ -109,6 +119,14 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
     Raises:
         TypeError: the model is no causal language model.
         ValueError: it has no first token.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                      num_attention_heads=1)
+        >>> text = write_text(LlamaForCausalLM(config), Sampling(samples=2, length=5))
+        >>> text.shape, bool((text[:, 0] == config.bos_token_id).all())
+        (torch.Size([2, 5]), True)
     """
     config = getattr(model, "config", None)
     can_write = getattr(model, "can_generate", None)

@@ -76,6 +76,12 @@ def dequantize_codes(
         scale: float32, broadcasts against the codes.
         zero_point: int8, as the scale; None stands for 0.
         dtype: floating-point type of the result.
+
+    Example:
+        >>> import torch
+        >>> codes = torch.tensor([[-128, 127]], dtype=torch.int8)
+        >>> dequantize_codes(codes, torch.tensor([[0.5]]), torch.tensor([[-128]], dtype=torch.int8))
+        tensor([[  0.0000, 127.5000]])
     """
     values = codes.to(torch.float32)
     if zero_point is not None:
@@ -125,6 +131,15 @@ def quantize_weight_fp16(weight: Tensor) -> Tensor:
     Raises:
         TypeError: the weight is not floating-point.
         ValueError: NaN or infinite values, or magnitudes past 65504, which float16 cannot hold.
+
+    Example:
+        >>> import torch
+        >>> quantize_weight_fp16(torch.tensor([0.1, 2.0]))
+        tensor([0.1000, 2.0000], dtype=torch.float16)
+        >>> quantize_weight_fp16(torch.tensor([1e6]))
+        Traceback (most recent call last):
+            ...
+        ValueError: The weight contains values up to 1e+06, past the float16 maximum of 65504; ...
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
@@ -147,6 +162,13 @@ def dequantize_weight(q_weight: Tensor) -> Tensor:
 
     Raises:
         TypeError: any other type of tensor, or no tensor.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[-1.0, 0.0, 1.0], [-8.0, 0.0, 8.0]])
+        >>> error = (dequantize_weight(quantize_weight_int8(weight, symmetric=True)) - weight).abs().max()
+        >>> bool(error < 1e-6), dequantize_weight(weight.half()).dtype
+        (True, torch.float32)
     """
     if isinstance(q_weight, Tensor) and q_weight.dtype is torch.float16:
         return q_weight.float()

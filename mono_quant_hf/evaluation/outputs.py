@@ -65,6 +65,16 @@ def classifier_logits(
 
     Returns:
         float32 [samples, classes] on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...                     intermediate_size=8, num_labels=3)
+        >>> model = BertForSequenceClassification(config)
+        >>> batch = {"input_ids": torch.tensor([[1, 5, 2], [1, 7, 2]]), "labels": torch.tensor([0, 1])}
+        >>> classifier_logits(model, [batch, batch]).shape
+        torch.Size([4, 3])
     """
     batches = [batches] if isinstance(batches, Mapping) else batches
     device = input_device(model)
@@ -103,6 +113,17 @@ def text_embeddings(
 
     Returns:
         float32 [texts, hidden] on the CPU, not normalized.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(vocab_size=128, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...                     intermediate_size=8)
+        >>> def tokenizer(texts, **_):     # texts of one length, so that none is padded
+        ...     ids = torch.tensor([list(text.encode()) for text in texts])
+        ...     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        >>> text_embeddings(BertModel(config), tokenizer, ["good", "fair"]).shape
+        torch.Size([2, 8])
     """
     if pooling not in ("mean", "first"):
         raise ValueError(f"pooling is {pooling!r}, but it must be 'mean' or 'first'.")

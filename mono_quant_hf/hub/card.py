@@ -62,6 +62,18 @@ def model_card(
 
     Raises:
         HubError: the folder holds no model quantized by mono_quant_hf, or the evaluation no known number.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> from mono_quant_hf import quantize_model
+        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+        ...                     intermediate_size=32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     quantize_model(BertModel(config)).save_pretrained(folder)
+        ...     card = model_card(folder, "me/bert-int8", base_model="me/bert", license="apache-2.0")
+        >>> card.data.base_model, card.data.license, 'from_pretrained("me/bert-int8")' in card.text
+        ('me/bert', 'apache-2.0', True)
     """
     facts = read_facts(folder)
     evaluations = Evaluation.of(evaluation)

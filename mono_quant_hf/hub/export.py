@@ -36,6 +36,24 @@ def export(
 
     Raises:
         HubError: the format is unknown, or as the function of the format.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from transformers import BertConfig, BertModel
+        >>> from mono_quant_hf import MonoQuantConfig, quantize_model
+        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+        ...                     intermediate_size=32)
+        >>> model = quantize_model(BertModel(config), MonoQuantConfig(symmetric=True))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export(model, f"{folder}/exported", "compressed-tensors")
+        ...     written = json.loads(Path(folder, "exported", "config.json").read_text())
+        >>> written["quantization_config"]["quant_method"]
+        'compressed-tensors'
+        >>> export(model, "exported", "awq")
+        Traceback (most recent call last):
+            ...
+        mono_quant_hf.hub.errors.HubError: There is no export to 'awq'; choose one of ...
     """
     exporters: dict[str, Any] = {
         "compressed-tensors": export_compressed_tensors,

@@ -43,6 +43,20 @@ def export_bitsandbytes(
     Raises:
         HubError: the model is not quantized by mono_quant_hf, weights have zero-points, no Linear is int8, or the
             destination is taken.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from transformers import BertConfig, BertModel
+        >>> from mono_quant_hf import MonoQuantConfig, quantize_model
+        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+        ...                     intermediate_size=32)
+        >>> model = quantize_model(BertModel(config), MonoQuantConfig(symmetric=True))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_bitsandbytes(model, f"{folder}/exported")
+        ...     written = json.loads(Path(folder, "exported", "config.json").read_text())
+        >>> written["quantization_config"]["load_in_8bit"]
+        True
     """
     source: Path | None = None
     if not isinstance(model, PreTrainedModel):

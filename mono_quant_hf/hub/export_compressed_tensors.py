@@ -53,6 +53,20 @@ def export_compressed_tensors(
     Raises:
         HubError: the model is not quantized by mono_quant_hf, has experts in stacked tensors, no Linear of it is
             int8, or the destination is taken.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from transformers import BertConfig, BertModel
+        >>> from mono_quant_hf import MonoQuantConfig, quantize_model
+        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+        ...                     intermediate_size=32)
+        >>> model = quantize_model(BertModel(config), MonoQuantConfig(symmetric=True))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_compressed_tensors(model, f"{folder}/exported", activations="int8")
+        ...     written = json.loads(Path(folder, "exported", "config.json").read_text())
+        >>> written["quantization_config"]["format"]
+        'int-quantized'
     """
     source: Path | None = None
     if not isinstance(model, PreTrainedModel):

@@ -65,6 +65,19 @@ def export_gguf(
     Raises:
         HubError: the model is not quantized by mono_quant_hf, is of another architecture or has rotary embeddings
             that cannot be written; the destination is taken; or the package gguf is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mono_quant_hf import MonoQuantConfig, quantize_model
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=1)
+        >>> model = quantize_model(LlamaForCausalLM(config), MonoQuantConfig(symmetric=True))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_gguf(model, f"{folder}/model.gguf")
+        ...     Path(folder, "model.gguf").read_bytes()[:4]
+        b'GGUF'
     """
     try:
         import gguf

@@ -67,6 +67,19 @@ def quantize_checkpoint(
     Raises:
         HubError: the source is quantized by mono_quant_hf already or in a way that cannot be read, or the
             destination is taken.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+        ...                     intermediate_size=32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     BertModel(config).save_pretrained(f"{folder}/float")
+        ...     quantize_checkpoint(f"{folder}/float", f"{folder}/int8")
+        ...     model = BertModel.from_pretrained(f"{folder}/int8")
+        'rounded from float'
+        >>> model.encoder.layer[0].intermediate.dense
+        QuantizedLinear(in_features=32, out_features=32, bias=True, weights=int8, asymmetric)
     """
     check_destination(destination, overwrite)
     config = MonoQuantConfig() if config is None else config

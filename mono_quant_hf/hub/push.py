@@ -84,6 +84,18 @@ def push_to_hub(
     Raises:
         HubError: the model is not quantized by mono_quant_hf, or the Hub refuses or cannot be reached; then nothing
             was committed.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from mono_quant_hf import push_to_hub, quantize_model
+        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+        ...                     intermediate_size=32)
+        >>> model = BertModel(config)
+        >>> push_to_hub(model, "me/bert-int8")
+        Traceback (most recent call last):
+            ...
+        mono_quant_hf.hub.errors.HubError: BertModel is not a transformers model quantized by mono_quant_hf; ...
+        >>> push_to_hub(quantize_model(model), "me/bert-int8", license="apache-2.0")  # doctest: +SKIP
     """
     api = HfApi(token=token, library_name="mono_quant_hf")
     with tempfile.TemporaryDirectory(prefix="mono-quant-hf-push-") as scratch:

@@ -45,6 +45,19 @@ class MonoQuantHfQuantizer(HfQuantizer):
 
     Attributes:
         decisions: what became of every module that holds weights, after loading.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...                     intermediate_size=8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     BertModel(config).save_pretrained(folder)
+        ...     model = BertModel.from_pretrained(folder, quantization_config=MonoQuantConfig())
+        >>> type(model.hf_quantizer).__name__
+        'MonoQuantHfQuantizer'
+        >>> {decision.weights for decision in model.hf_quantizer.decisions if decision.kind == "Linear"}
+        {'int8'}
     """
 
     requires_calibration = False

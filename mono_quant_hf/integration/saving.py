@@ -144,6 +144,20 @@ def load_quantized(
         FileNotFoundError: the folder lacks its config or a file of weights.
         ValueError: the folder holds no model quantized by mono_quant_hf, a file is damaged, or the tensors are not
             those of this model; the message names them.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from mono_quant_hf import load_quantized, quantize_model, save_quantized
+        >>> def make():
+        ...     return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_quantized(quantize_model(make()), folder)
+        ...     load_quantized(make, folder)
+        Sequential(
+          (0): QuantizedLinear(in_features=8, out_features=8, bias=True, weights=int8, asymmetric)
+          (1): ReLU()
+          (2): QuantizedLinear(in_features=8, out_features=2, bias=True, weights=int8, asymmetric)
+        )
     """
     source = Path(folder)
     content = _read_config(source)

@@ -142,7 +142,14 @@ def aliases_of(model: nn.Module) -> Aliases:
 
 
 def quantized_share(decisions: Iterable[Decision]) -> float:
-    """Share of the parameters in the decisions' modules that are quantized, 0 to 1; 0 for none."""
+    """Share of the parameters in the decisions' modules that are quantized, 0 to 1; 0 for none.
+
+    Example:
+        >>> body = Decision("body", "Linear", "int8", symmetric=False, reason="", parameters=300)
+        >>> head = Decision("head", "Linear", "float", symmetric=None, reason="output head", parameters=100)
+        >>> quantized_share([body, head])
+        0.75
+    """
     decisions = list(decisions)
     total = sum(decision.parameters for decision in decisions)
     return sum(decision.parameters for decision in decisions if decision.quantized) / total if total else 0.0

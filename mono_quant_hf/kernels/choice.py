@@ -46,7 +46,13 @@ _setting = _known(os.environ.get("MONO_QUANT_KERNEL", "auto"), "the environment 
 
 
 def get_kernel() -> str:
-    """The setting in force: "auto" or the name of a way."""
+    """The setting in force: "auto" or the name of a way.
+
+    Example:
+        >>> with use_kernel("blocks"):
+        ...     get_kernel()
+        'blocks'
+    """
     return _setting
 
 
@@ -55,6 +61,13 @@ def set_kernel(name: str) -> None:
 
     Raises:
         ValueError: no such way.
+
+    Example:
+        >>> before = get_kernel()
+        >>> set_kernel("portable")
+        >>> get_kernel()
+        'portable'
+        >>> set_kernel(before)
     """
     global _setting
     _setting = _known(name, "the kernel")

@@ -14,7 +14,16 @@ LARGE = 2**18  # elements; smaller weights are not worth loading the kernels for
 def quantize(
     weight: Tensor, symmetric: bool = False, axis: int | tuple[int, ...] = 0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`core.quantize_to_codes`, quicker for large float32 weights on a CPU with a scale for each first index."""
+    """`core.quantize_to_codes`, quicker for large float32 weights on a CPU with a scale for each first index.
+
+    Example:
+        >>> codes, scale, zero_point = quantize(torch.tensor([[-1.0, 0.5], [0.0, 254.0]]), symmetric=True)
+        >>> codes
+        tensor([[-127,   64],
+                [   0,  127]], dtype=torch.int8)
+        >>> scale.flatten(), zero_point
+        (tensor([0.0079, 2.0000]), None)
+    """
     if not _rows_of_floats(weight, axis) or not is_plain(weight, weight) or cpu.load() is None:
         return quantize_to_codes(weight, symmetric, axis)
     shape = [len(weight)] + [1] * (weight.dim() - 1)

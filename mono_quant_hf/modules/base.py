@@ -33,6 +33,15 @@ class QuantizedModule(nn.Module):
     answered yes. Each weight `w` is a parameter of its own name with the companions `w_scale` (float32) and, when
     asymmetric, `w_zero_point` (int8), all without gradient. They keep their dtype under `.to(dtype)`, `.half()` and
     the like: a bfloat16 scale would lose 16 of its 24 bits.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf.modules import QuantizedLinear
+        >>> layer = QuantizedLinear.from_float(torch.nn.Linear(8, 2), "int8", symmetric=False)
+        >>> isinstance(layer, QuantizedModule), isinstance(layer, torch.nn.Linear)
+        (True, True)
+        >>> {name: tensor.dtype for name, tensor in layer.half().state_dict().items()}
+        {'weight': torch.int8, 'bias': torch.float16, 'weight_scale': torch.float32, 'weight_zero_point': torch.int8}
     """
 
     weight_axes: ClassVar[dict[str, int | tuple[int, ...]]] = {"weight": 0}

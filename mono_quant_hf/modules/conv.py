@@ -85,7 +85,16 @@ class QuantizedTransposedConvolution(QuantizedModule, nn.modules.conv._ConvTrans
 
 @register_quantized_class(nn.Conv1d)
 class QuantizedConv1d(QuantizedConvolution, nn.Conv1d):
-    """`nn.Conv1d` with int8 codes (a scale and zero-point per output channel) or a float16 weight."""
+    """`nn.Conv1d` with int8 codes (a scale and zero-point per output channel) or a float16 weight.
+
+    Example:
+        >>> import torch
+        >>> conv = torch.nn.Conv1d(4, 8, 3, padding=1)
+        >>> quantized = QuantizedConv1d.from_float(conv, "int8", symmetric=False)
+        >>> x = torch.randn(1, 4, 10)
+        >>> quantized(x).shape, bool((quantized(x) - conv(x)).abs().max() < 0.05)
+        (torch.Size([1, 8, 10]), True)
+    """
 
 
 @register_quantized_class(nn.Conv2d)
@@ -94,27 +103,77 @@ class QuantizedConv2d(QuantizedConvolution, nn.Conv2d):
 
     Made from a trained module by `quantize_conv2d_module`; stride, padding, dilation, groups, padding mode and bias
     are those of the original. The output has the dtype of the input, with and without autocast.
+
+    Example:
+        >>> import torch
+        >>> conv = torch.nn.Conv2d(4, 8, 3, groups=2)
+        >>> quantized = QuantizedConv2d.from_float(conv, "int8", symmetric=False)
+        >>> quantized.weight.shape, quantized.weight_scale.shape
+        (torch.Size([8, 2, 3, 3]), torch.Size([8, 1, 1, 1]))
+        >>> x = torch.randn(1, 4, 6, 6)
+        >>> bool((quantized(x) - conv(x)).abs().max() < 0.05)
+        True
     """
 
 
 @register_quantized_class(nn.Conv3d)
 class QuantizedConv3d(QuantizedConvolution, nn.Conv3d):
-    """`nn.Conv3d` with int8 codes (a scale and zero-point per output channel) or a float16 weight."""
+    """`nn.Conv3d` with int8 codes (a scale and zero-point per output channel) or a float16 weight.
+
+    Example:
+        >>> import torch
+        >>> conv = torch.nn.Conv3d(1, 2, 3, stride=2)
+        >>> quantized = QuantizedConv3d.from_float(conv, "int8", symmetric=True)
+        >>> x = torch.randn(1, 1, 5, 5, 5)
+        >>> quantized(x).shape, bool((quantized(x) - conv(x)).abs().max() < 0.05)
+        (torch.Size([1, 2, 2, 2, 2]), True)
+    """
 
 
 @register_quantized_class(nn.ConvTranspose1d)
 class QuantizedConvTranspose1d(QuantizedTransposedConvolution, nn.ConvTranspose1d):
-    """`nn.ConvTranspose1d` with int8 codes (scales along the second axis) or a float16 weight."""
+    """`nn.ConvTranspose1d` with int8 codes (scales along the second axis) or a float16 weight.
+
+    Example:
+        >>> import torch
+        >>> conv = torch.nn.ConvTranspose1d(4, 2, 4, stride=2)
+        >>> quantized = QuantizedConvTranspose1d.from_float(conv, "int8", symmetric=False)
+        >>> quantized.weight_scale.shape
+        torch.Size([1, 2, 1])
+        >>> x = torch.randn(1, 4, 5)
+        >>> quantized(x).shape, bool((quantized(x) - conv(x)).abs().max() < 0.05)
+        (torch.Size([1, 2, 12]), True)
+    """
 
 
 @register_quantized_class(nn.ConvTranspose2d)
 class QuantizedConvTranspose2d(QuantizedTransposedConvolution, nn.ConvTranspose2d):
-    """`nn.ConvTranspose2d` with int8 codes (scales along the second axis) or a float16 weight."""
+    """`nn.ConvTranspose2d` with int8 codes (scales along the second axis) or a float16 weight.
+
+    Example:
+        >>> import torch
+        >>> conv = torch.nn.ConvTranspose2d(4, 2, 3, stride=2)
+        >>> quantized = QuantizedConvTranspose2d.from_float(conv, "int8", symmetric=False)
+        >>> x = torch.randn(1, 4, 5, 5)
+        >>> quantized(x, output_size=[12, 12]).shape
+        torch.Size([1, 2, 12, 12])
+        >>> bool((quantized(x) - conv(x)).abs().max() < 0.05)
+        True
+    """
 
 
 @register_quantized_class(nn.ConvTranspose3d)
 class QuantizedConvTranspose3d(QuantizedTransposedConvolution, nn.ConvTranspose3d):
-    """`nn.ConvTranspose3d` with int8 codes (scales along the second axis) or a float16 weight."""
+    """`nn.ConvTranspose3d` with int8 codes (scales along the second axis) or a float16 weight.
+
+    Example:
+        >>> import torch
+        >>> conv = torch.nn.ConvTranspose3d(2, 3, 2)
+        >>> quantized = QuantizedConvTranspose3d.from_float(conv, "float16", symmetric=False)
+        >>> x = torch.randn(1, 2, 3, 3, 3)
+        >>> quantized(x).shape, bool((quantized(x) - conv(x)).abs().max() < 0.01)
+        (torch.Size([1, 3, 4, 4, 4]), True)
+    """
 
 
 def quantize_conv2d_module(

@@ -18,6 +18,16 @@ class QuantizedConv1DProjection(QuantizedModule, Conv1D):
     Shapes:
         weight int8 or float16 `[in, out]`, weight_scale float32 `[1, out]`, weight_zero_point int8 `[1, out]` or None,
         bias float `[out]`. The kernels work on the transposed view.
+
+    Example:
+        >>> import torch
+        >>> projection = Conv1D(nf=4, nx=16)
+        >>> quantized = QuantizedConv1DProjection.from_float(projection, "int8", symmetric=False)
+        >>> quantized
+        QuantizedConv1DProjection(nf=4, nx=16, weights=int8, asymmetric)
+        >>> x = torch.randn(3, 16)
+        >>> bool((quantized(x) - projection(x)).abs().max() < 0.01)
+        True
     """
 
     weight_axes: ClassVar[dict[str, int | tuple[int, ...]]] = {"weight": 1}

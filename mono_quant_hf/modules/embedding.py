@@ -82,6 +82,18 @@ class QuantizedEmbeddingVariant(_Table, OwnForward):
     """A subclass of `nn.Embedding` with a forward of its own, such as one that scales the vectors.
 
     Shapes: as `QuantizedEmbedding`.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf.modules import quantized_class_for
+        >>> from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+        >>> table = Gemma3TextScaledWordEmbedding(100, 64, padding_idx=0, embed_scale=8.0)
+        >>> quantized = quantized_class_for(table).from_float(table, "int8", symmetric=False)
+        >>> isinstance(quantized, QuantizedEmbeddingVariant), isinstance(quantized, Gemma3TextScaledWordEmbedding)
+        (True, True)
+        >>> ids = torch.tensor([[3, 7, 99]])
+        >>> bool((quantized(ids) - table(ids)).abs().max() < 8 * 0.02)
+        True
     """
 
     def _operand(self, name: str) -> QuantizedOperand:

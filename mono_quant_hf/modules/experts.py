@@ -27,6 +27,22 @@ class QuantizedExperts(OwnForward):
     Shapes:
         a weight int8 or float16 `[experts, out, in]` with scale float32 and zero-point int8 `[experts, out, 1]`;
         where the class stores `[experts, in, out]`, `[experts, 1, out]`. Biases stay float `[experts, out]`.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf.modules import quantized_class_for
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> experts = MixtralExperts(MixtralConfig(hidden_size=16, intermediate_size=32, num_local_experts=4))
+        >>> for weight in experts.parameters():
+        ...     _ = torch.nn.init.normal_(weight, std=0.1)
+        >>> quantized = quantized_class_for(experts).from_float(experts, "int8", symmetric=False)
+        >>> quantized.gate_up_proj.dtype, quantized.gate_up_proj_scale.shape
+        (torch.int8, torch.Size([4, 64, 1]))
+        >>> x, chosen = torch.randn(5, 16), torch.tensor([[0, 3]] * 5)
+        >>> y = quantized(x, chosen, torch.full((5, 2), 0.5))
+        >>> bool((y - experts(x, chosen, torch.full((5, 2), 0.5))).abs().max() < 0.05)
+        True
     """
 
     quantizes_activations = True

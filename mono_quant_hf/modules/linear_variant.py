@@ -14,6 +14,18 @@ class QuantizedLinearVariant(OwnForward):
     """A subclass of `nn.Linear` whose forward is its own, with int8 codes or a float16 weight.
 
     Shapes: as `QuantizedLinear`.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf.modules import quantized_class_for
+        >>> from transformers.models.falcon.modeling_falcon import FalconLinear
+        >>> layer = FalconLinear(64, 8)
+        >>> quantized = quantized_class_for(layer).from_float(layer, "int8", symmetric=False)
+        >>> isinstance(quantized, QuantizedLinearVariant), isinstance(quantized, FalconLinear)
+        (True, True)
+        >>> x = torch.randn(4, 64)
+        >>> bool((quantized(x) - layer(x)).abs().max() < 0.01)
+        True
     """
 
     quantizes_activations = True

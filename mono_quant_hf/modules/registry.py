@@ -53,6 +53,20 @@ def register_quantized_class_finder(finder: Finder) -> Finder:
 
     It is given the module (perhaps on the meta device) and answers with a class, made for the purpose if need be, or
     None. Finders are asked in the order of their registration.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf.modules import QuantizedLinear, quantized_class_for
+        >>> class Plain(torch.nn.Linear):
+        ...     def forward(self, input):     # not nn.Linear's own, but the same
+        ...         return torch.nn.functional.linear(input, self.weight, self.bias)
+        >>> class QuantizedPlain(QuantizedLinear, Plain):
+        ...     pass
+        >>> @register_quantized_class_finder
+        ... def plain_class_for(module):
+        ...     return QuantizedPlain if isinstance(module, Plain) else None
+        >>> quantized_class_for(Plain(8, 2)) is QuantizedPlain
+        True
     """
     QUANTIZED_CLASS_FINDERS.append(finder)
     return finder
@@ -63,6 +77,14 @@ def quantized_class_for(module: nn.Module) -> type[QuantizedModule] | None:
 
     It is that of the module's class or of its nearest registered base. Where that base is not one whose forward the
     module runs, a finder may know better.
+
+    Example:
+        >>> import torch
+        >>> from mono_quant_hf.modules import quantized_class_for
+        >>> quantized_class_for(torch.nn.Linear(8, 2)).__name__
+        'QuantizedLinear'
+        >>> quantized_class_for(torch.nn.LayerNorm(8)) is None
+        True
     """
     if isinstance(module, QuantizedModule):
         return None
