@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import inspect
 import json
 import statistics
 import sys
@@ -102,25 +103,27 @@ class Runner:
         self.case, self.prompt = case, prompt
         self.length = prompt.shape[1]
         self.cache = StaticCache(case.model.config, max_cache_len=self.length + 64) if compiled else None
+        parameters = inspect.signature(case.model.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"  # until transformers 5.23
         self.step = torch.compile(case.model.forward, dynamic=False) if compiled else case.model.forward
 
     def prefill(self) -> float:
         cache = DynamicCache(config=self.case.model.config)
         start = time.perf_counter()
-        self.case.model(self.prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.case.model(self.prompt, use_cache=True, logits_to_keep=1, **{self.cache_name: cache})
         return time.perf_counter() - start
 
     def decode(self, tokens: int) -> list[float]:
         cache = self.cache if self.cache is not None else DynamicCache(config=self.case.model.config)
         if self.cache is not None:
             self.cache.reset()
-        self.case.model(self.prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.case.model(self.prompt, use_cache=True, logits_to_keep=1, **{self.cache_name: cache})
         token, seconds = self.prompt[:, :1], []
         for i in range(tokens):
             position = torch.tensor([[self.length + i]])
             start = time.perf_counter()
             logits = self.step(
-                token, past_key_values=cache, use_cache=True, position_ids=position, logits_to_keep=1
+                token, use_cache=True, position_ids=position, logits_to_keep=1, **{self.cache_name: cache}
             ).logits
             token = logits[:, -1].argmax(-1, keepdim=True)
             seconds.append(time.perf_counter() - start)
@@ -288,6 +291,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.text_file and not arguments.text_file.is_file():
         parser.error(f"--text-file {arguments.text_file}: there is no such file")
     logging.disable_progress_bar()
+    # All models are compiled from the same forward, whose limit of compilations is made for one.
+    torch._dynamo.config.recompile_limit = 64
 
     def say(line: str) -> None:
         if sys.stderr.isatty():
