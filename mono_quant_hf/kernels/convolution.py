@@ -51,8 +51,25 @@ def convolution(
         list(output_padding or [0] * spatial),
         groups,
     )
-    result = _Convolution.apply(batched, weight, scale, zero_point, bias, geometry)
+    wants_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    compute = _Convolution.apply if wants_grad and torch.is_grad_enabled() else _forward
+    result = compute(batched, weight, scale, zero_point, bias, geometry)
     return result.squeeze(0) if unbatched else result
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+) -> Tensor:
+    dtype = compute_dtype(x)
+    with without_autocast(x.device):
+        full = expand(weight, scale, zero_point, dtype)
+        cast_bias = None if bias is None else bias.to(dtype)
+        return torch.convolution(x.to(dtype), full, cast_bias, *geometry).to(x.dtype)
 
 
 class _Convolution(torch.autograd.Function):
@@ -72,11 +89,7 @@ class _Convolution(torch.autograd.Function):
         ctx.geometry = geometry
         ctx.input_like = (x.shape, x.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        dtype = compute_dtype(x)
-        with without_autocast(x.device):
-            full = expand(weight, scale, zero_point, dtype)
-            cast_bias = None if bias is None else bias.to(dtype)
-            return torch.convolution(x.to(dtype), full, cast_bias, *geometry).to(x.dtype)
+        return _forward(x, weight, scale, zero_point, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -23,8 +23,8 @@ class QuantizedConvolution(QuantizedModule, nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         self.check_input(input)
-        padding = self.padding
-        if self.padding_mode != "zeros" or isinstance(padding, str):
+        padding = self._zeros_on_both_sides()
+        if padding is None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             with without_autocast(input.device):  # which would make float32 of it
                 input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
@@ -40,6 +40,17 @@ class QuantizedConvolution(QuantizedModule, nn.modules.conv._ConvNd):
             dilation=self.dilation,
             groups=self.groups,
         )
+
+    def _zeros_on_both_sides(self) -> tuple[int, ...] | None:
+        """The padding as the convolution itself adds it; None where the input is to be padded before."""
+        if self.padding_mode != "zeros":
+            return None
+        if not isinstance(self.padding, str):
+            return self.padding
+        if self.padding == "valid":
+            return (0,) * len(self.kernel_size)
+        totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
 
 
 class QuantizedTransposedConvolution(QuantizedModule, nn.modules.conv._ConvTransposeNd):
