@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .expansion import expand
-from .portable import compute_dtype, without_autocast
+from .portable import compute_dtype, keep, without_autocast
 
 
 def convolution(
@@ -85,10 +85,9 @@ class _Convolution(torch.autograd.Function):
         bias: Tensor | None,
         geometry: tuple[Any, ...],
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero_point)
+        keep(ctx, weight, scale, zero_point, bias)
         ctx.geometry = geometry
         ctx.input_like = (x.shape, x.dtype)
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return _forward(x, weight, scale, zero_point, bias, geometry)
 
     @staticmethod

@@ -75,20 +75,10 @@ def _add_scaled(
     return out if bias is None else out + bias.float()
 
 
-class Int8Activations(torch.autograd.Function):
+class Int8Activations(portable.PortableLinear):
     """The gradient passes the rounding of x as if it were not there, and is that of the dequantized weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, zero_point: Any, bias: Any) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero_point)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    def forward(ctx, x, weight, scale, zero_point, bias):  # type: ignore[no-untyped-def]
+        portable.keep(ctx, weight, scale, zero_point, bias)
         return forward(x, weight, scale, zero_point, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, zero_point = ctx.saved_tensors
-        to_x = portable.backward(grad, weight, scale, zero_point) if ctx.needs_input_grad[0] else None
-        to_bias = None
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
-            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return to_x, None, None, None, to_bias

@@ -163,8 +163,7 @@ class _Linear(torch.autograd.Function):
         zero_point: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero_point)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        portable.keep(ctx, weight, scale, zero_point, bias)
         with torch._C._AutoDispatchBelowAutograd():
             return call(x, weight, scale, zero_point, bias)
 
@@ -216,8 +215,7 @@ class _Int8Activations(_Linear):
         zero_point: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero_point)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        portable.keep(ctx, weight, scale, zero_point, bias)
         with torch._C._AutoDispatchBelowAutograd():
             return _ops.linear_int8_activations.default(x, weight, scale, zero_point, bias)
 

@@ -5,6 +5,7 @@ the reference that the faster ways are tested against, and what they fall back t
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +61,20 @@ def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Ten
         return (grad.to(dtype) @ expand(weight, scale, zero_point, dtype)).to(grad.dtype)
 
 
+def keep(
+    ctx: Any, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+) -> None:
+    """What the backward of a product needs: the codes, and the dtype that the gradient of the bias is to have."""
+    ctx.save_for_backward(weight, scale, zero_point)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
 class PortableLinear(torch.autograd.Function):
     """Keeps the codes, not the expanded weight, from forward to backward."""
 
     @staticmethod
     def forward(ctx, x, weight, scale, zero_point, bias):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(weight, scale, zero_point)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        keep(ctx, weight, scale, zero_point, bias)
         return forward(x, weight, scale, zero_point, bias)
 
     @staticmethod
