@@ -67,3 +67,17 @@ def test_minilm_by_text_of_another_kind(minilm):
     expected = text_embeddings(AutoModel.from_pretrained(minilm).eval(), tokenizer, sentences)
     sampling = Sampling(samples=64, length=128, batch_size=32)
     assert error(calibration=text, tokenizer=tokenizer, sampling=sampling) < 0.95 * error()
+
+
+def test_minilm_by_text_of_the_same_kind(minilm):
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    pages = list(topics.values())
+    seen, unseen = pages[::2], [page[:400] for page in pages[1::2]][:40]
+
+    def error(**arguments):
+        model = quantize_model(AutoModel.from_pretrained(minilm).eval(), **arguments)
+        return compare_encoders(expected, model, tokenizer, unseen).relative_error
+
+    expected = text_embeddings(AutoModel.from_pretrained(minilm).eval(), tokenizer, unseen)
+    sampling = Sampling(samples=256, length=128, batch_size=32)
+    assert error(calibration=seen, tokenizer=tokenizer, sampling=sampling) < 0.5 * error()
