@@ -24,7 +24,7 @@ FEWEST_TOKENS = 17
 def outlier_columns(k: int) -> int:
     """How many of `k` input columns are multiplied in float: one in 32, and 16 at least.
 
-    Measured on SmolLM2 (k = 576 and 1536): perplexity 0.4 % over that of int8 weights alone; 3.1 % with none.
+    What it costs SmolLM2 (k = 576 and 1536) in perplexity is a row of `examples/benchmark.py --text-file`.
     """
     return min(k, max(16, k // 32))
 
