@@ -80,6 +80,17 @@ def test_a_token_without_numbers_leaves_the_others_alone(value):
     assert sqnr(expected[others].double(), result[others].double()) > 35
 
 
+def test_a_token_of_nothing_but_nan_takes_no_outlier_columns_from_the_others():
+    weight, scale, zero_point = codes(96, 640)
+    x = torch.randn(40, 640)
+    x[:, [503, 577, 600]] *= 1000
+    x[7] = float("nan")
+    result = linear(x, weight, scale, zero_point, activations="int8")
+    assert result[7].isnan().all()
+    others = torch.arange(40) != 7
+    assert sqnr(exact(x[others], weight, scale, zero_point), result[others].double()) > 60
+
+
 def test_zeros_stay_zeros():
     weight, scale, zero_point = codes(96, 640)
     assert not linear(torch.zeros(20, 640), weight, scale, zero_point, activations="int8").any()
