@@ -121,6 +121,28 @@ class OnQuantized:
         self._put_back(quantized)
         del self.before_merge
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """With int8 codes under a path that no float model has, such as `base_layer.asymmetric_int8.weight`.
+
+        PEFT saves the base layer of an embedding or a head together with its adapter. A float model that loads the
+        adapter would take `base_layer.weight` for its own.
+        """
+        tensors = super().state_dict(*args, prefix=prefix, **kwargs)  # type: ignore[misc]
+        base = self._modules["base_layer"]  # type: ignore[attr-defined]
+        if isinstance(base, QuantizedModule) and base.weights == "int8":
+            for name in base.storage_names():
+                tensors[f"{prefix}base_layer.{_form(base)}.{name}"] = tensors.pop(
+                    f"{prefix}base_layer.{name}"
+                )
+        return tensors
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # torch hands what is left in `state_dict` to the base layer next.
+        base = self._modules["base_layer"]  # type: ignore[attr-defined]
+        if isinstance(base, QuantizedModule):
+            _bring_into_form(base, state_dict, f"{prefix}base_layer.")
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -282,6 +304,35 @@ def _quantized_again(quantized: QuantizedModule, merged: nn.Module) -> dict[str,
     if bias is not None and merged_bias is not None and not torch.equal(merged_bias.data, bias.data.float()):
         parameters["bias"] = nn.Parameter(merged_bias.data.to(bias.dtype), requires_grad=bias.requires_grad)
     return parameters
+
+
+def _form(quantized: QuantizedModule) -> str:
+    return "symmetric_int8" if quantized.symmetric else "asymmetric_int8"
+
+
+def _bring_into_form(quantized: QuantizedModule, state_dict: dict[str, Any], prefix: str) -> None:
+    """Replace the weights in a state dict by what the module holds: they may be float, or codes of another form.
+
+    So an adapter that was trained on the float model, or on one quantized otherwise, loads with its embedding.
+    """
+    for name in quantized.weight_axes:
+        for form in ("symmetric_int8", "asymmetric_int8"):
+            paths = {part: f"{prefix}{form}.{name}{part}" for part in ("", "_scale", "_zero_point")}
+            held = {part: state_dict.pop(path) for part, path in paths.items() if path in state_dict}
+            if quantized.weights == "int8" and form == _form(quantized):
+                state_dict.update({f"{prefix}{name}{part}": tensor for part, tensor in held.items()})
+            elif held:
+                state_dict[prefix + name] = dequantize_codes(
+                    held[""], held["_scale"], held.get("_zero_point")
+                )
+        weight = state_dict.get(prefix + name)
+        if (
+            weight is not None
+            and weight.is_floating_point()
+            and weight.dtype != quantized.storage_dtype(name)
+        ):
+            tensors = quantized.quantized_tensors(name, weight)
+            state_dict.update({prefix + key: tensor for key, tensor in tensors.items()})
 
 
 def _weight_of(name: str, parameters: dict[str, nn.Parameter]) -> Tensor:

@@ -218,6 +218,18 @@ class QuantizedModule(nn.Module):
         """Names of the parameters beside a weight that the float module does not have."""
         return [f"{weight_name}_scale", f"{weight_name}_zero_point"]
 
+    # More paths to this module, that say what its codes are: PEFT's layers are saved with them, see `OnQuantized`.
+
+    @property
+    def symmetric_int8(self) -> Self:
+        """The module itself."""
+        return self
+
+    @property
+    def asymmetric_int8(self) -> Self:
+        """The module itself."""
+        return self
+
     def storage_names(self) -> list[str]:
         """Names of the parameters that hold codes, scales and zero-points (not the bias)."""
         names = [name + suffix for name in self.weight_axes for suffix in ("", "_scale", "_zero_point")]

@@ -348,6 +348,68 @@ def test_adapters_are_saved_and_loaded_in_every_way(tmp_path, kind):
         assert 0 < relative_error(logits(merged), expected) < 0.1
 
 
+FORMS = {"float": None, **CONFIGS}
+
+
+def in_form(form):
+    """The tiny Llama, in float or with quantized embeddings."""
+    config = FORMS[form]
+    return (
+        llama()
+        if config is None
+        else quantize_model(llama(), MonoQuantConfig(quantize_embeddings=True, **config))
+    )
+
+
+@pytest.mark.parametrize("loaded_on", FORMS)
+@pytest.mark.parametrize("trained_on", FORMS)
+def test_the_adapter_of_an_embedding_loads_on_every_form_of_its_model(tmp_path, trained_on, loaded_on):
+    """PEFT saves the table with the adapter: its codes must not become the weights of a float model."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens", "q_proj"], r=4)
+    trained = shake(get_peft_model(in_form(trained_on), config)).eval()
+    trained.save_pretrained(tmp_path)
+    by_peft = PeftModel.from_pretrained(in_form(loaded_on), tmp_path).eval()
+    by_transformers = in_form(loaded_on)
+    by_transformers.load_adapter(str(tmp_path))
+    for loaded in (by_peft, by_transformers.eval()):
+        assert relative_error(logits(loaded), logits(trained)) < 0.05
+        if loaded_on == trained_on:
+            assert torch.equal(logits(loaded), logits(trained))
+
+
+@pytest.mark.parametrize("loaded_on", CONFIGS)
+@pytest.mark.parametrize("trained_on", FORMS)
+def test_rows_added_before_the_adapter_come_with_it(tmp_path, trained_on, loaded_on):
+    trained, base = in_form(trained_on), in_form(loaded_on)
+    for model in (trained, base):
+        model.resize_token_embeddings(70)  # the new rows are drawn at random
+    trained = get_peft_model(trained, LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"], r=4))
+    trained.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    new = torch.arange(64, 70)
+    with torch.no_grad():
+        rows = [model.get_input_embeddings()(new) for model in (loaded, trained)]
+    assert relative_error(*rows) < 0.02
+
+
+def halved():
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    return model
+
+
+@configs
+def test_a_whole_state_dict_goes_in_again(config):
+    model = adapted(targets=["embed_tokens", "q_proj"], config=config)
+    again = adapted(halved, ["embed_tokens", "q_proj"], config)
+    assert not torch.equal(logits(again), logits(model))
+    again.load_state_dict(model.state_dict())
+    assert_same_codes(again, codes(model))
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize(
     "survive", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
 )
