@@ -2,9 +2,9 @@
 
     python examples/weight_dtype_readers.py [--all]
 
-A line such as `pixel_values.to(self.patch_embedding.weight.dtype)` would make an int8 image of the input of a quantized
-model. mono_quant_hf reads the source of a model's classes to keep such modules in float, and this script compares what
-it finds in every modeling file with a plain search for the text.
+A line such as `pixel_values.to(self.patch_embedding.weight.dtype)`, or `next(self.tower.parameters()).dtype`, would make an
+int8 image of the input of a quantized model. mono_quant_hf reads the source of a model's classes to keep such modules in
+float, and this script compares what it finds in every modeling file with a plain search for the text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import transformers
 from mono_quant_hf.integration.weight_readers import reads_in_source
 
 # A module's own weight is its own affair; that of a module inside it is not.
-OF_A_SUBMODULE = re.compile(r"\w+(?:\.\w+|\[[^\]]*\])+\.weight\.dtype")
+SUBMODULE = r"\w+(?:\.\w+|\[[^\]]*\])+"
+OF_A_SUBMODULE = re.compile(rf"{SUBMODULE}\.weight\.dtype|next\({SUBMODULE}\.parameters\(\)\)\.dtype")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def modeling_files() -> list[Path]:
 def places_in(path: Path) -> Iterator[Place]:
     """The places in a file, by a search for the text in its code."""
     source = path.read_text(encoding="utf-8")
-    if ".weight.dtype" not in source:
+    if not OF_A_SUBMODULE.search(source):
         return
     reads = {
         read.line: read for reads in reads_in_source(source).values() for read in reads if read.reads_dtype
@@ -63,7 +64,7 @@ def _code_lines(source: str) -> Iterator[tuple[int, str]]:
         if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER):
             lines.setdefault(token.start[0], []).append(token.string)
     for number, tokens in lines.items():
-        yield number, " ".join(tokens).replace(" . ", ".").replace(" [ ", "[").replace(" ]", "]")
+        yield number, re.sub(r" ?([.()\[\]]) ?", r"\1", " ".join(tokens))
 
 
 def main() -> None:

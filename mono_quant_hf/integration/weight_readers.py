@@ -1,8 +1,9 @@
 """Which modules must stay in float because the model's own code reads their weight instead of calling them.
 
-Many models ask a module for the dtype of its weight to cast an input (`x.to(self.patch_embedding.weight.dtype)`): with
-int8 codes the input would become int8. Others compute with the weight themselves (`F.linear(x, self.proj.weight)`).
-Both are found by reading the source of the model's classes, so that no list of model names is needed.
+Many models ask a module for the dtype of its weight to cast an input (`x.to(self.patch_embedding.weight.dtype)`, or
+`next(self.tower.parameters()).dtype`): with int8 codes the input would become int8. Others compute with the weight
+themselves (`F.linear(x, self.proj.weight)`). All are found by reading the source of the model's classes, so that no list
+of model names is needed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from torch import nn
 
 ANY_CHILD = "*"
+FIRST_PARAMETER = "next(parameters())"
 
 _HARMLESS_ATTRIBUTES = frozenset(
     {"device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda"}
@@ -36,7 +38,8 @@ _GENERAL_PACKAGES = (
 class WeightRead:
     """One place where a method of a class reads the weight of a submodule, in a line of its file.
 
-    `path` leads from the instance to the submodule, with `ANY_CHILD` for an index known only at run time.
+    `path` leads from the instance to the submodule, with `ANY_CHILD` for an index known only at run time, and ends with
+    `FIRST_PARAMETER` where the module that holds the first parameter inside is meant.
     """
 
     path: tuple[str, ...]
@@ -62,7 +65,9 @@ def modules_whose_weight_is_read(model: nn.Module, weights: str) -> dict[str, st
         for read in _reads_of_class(type(module)):  # type: ignore[arg-type]  # classes hash
             if read.handles_int8 and weights == "int8":
                 continue
-            for target in _resolve(module, read.path):
+            for target in filter(
+                None, _resolve(module, read.path)
+            ):  # a module's own weight is its own affair
                 full_name = f"{name}.{target}" if name else target
                 found.setdefault(full_name, read.reason(type(module).__name__))
     return found
@@ -79,11 +84,23 @@ def _resolve(module: nn.Module, path: tuple[str, ...]) -> Iterator[str]:
         yield ""
         return
     first, rest = path[0], path[1:]
+    if first == FIRST_PARAMETER:
+        yield from _holder_of_first_parameter(module)
+        return
     children = module._modules if first == ANY_CHILD else {first: module._modules.get(first)}
     for name, child in children.items():
         if child is not None:
             for tail in _resolve(child, rest):
                 yield f"{name}.{tail}" if tail else name
+
+
+def _holder_of_first_parameter(module: nn.Module) -> Iterator[str]:
+    first = next(module.named_parameters(), None)
+    if first is not None:
+        holder = first[0].rpartition(".")[0]
+        # A quantized table answers with the dtype of its vectors.
+        if not isinstance(module.get_submodule(holder), nn.Embedding):
+            yield holder
 
 
 @functools.lru_cache(maxsize=4096)
@@ -135,10 +152,8 @@ def _reads_of_method(method: ast.FunctionDef) -> Iterator[WeightRead]:
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     aliases = _aliases(method)
     for node in ast.walk(method):
-        if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
-            continue
-        path = _path(node.value, aliases)
-        if not path:  # not a submodule of self, or self.weight, which is the module's own affair
+        path = _path_read(node, aliases)
+        if not path:  # not a submodule of self, or self.weight
             continue
         user = parents[node]
         if isinstance(user, ast.Attribute) and user.attr in _HARMLESS_ATTRIBUTES:
@@ -148,6 +163,17 @@ def _reads_of_method(method: ast.FunctionDef) -> Iterator[WeightRead]:
         reads_dtype = isinstance(user, ast.Attribute) and user.attr == "dtype"
         handles_int8 = reads_dtype and _excepts_int8(method, path, aliases)
         yield WeightRead(path, method.name, reads_dtype, handles_int8, node.lineno)
+
+
+def _path_read(node: ast.AST, aliases: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The path of `path.weight` and of `next(path.parameters())`; None if the node is neither."""
+    match node:
+        case ast.Attribute(value=module, attr="weight", ctx=ast.Load()):
+            return _path(module, aliases)
+        case ast.Call(func=ast.Name("next"), args=[ast.Call(func=ast.Attribute(module, "parameters")), *_]):
+            path = _path(module, aliases)
+            return None if path is None else (*path, FIRST_PARAMETER)
+    return None
 
 
 def _aliases(method: ast.FunctionDef) -> dict[str, tuple[str, ...]]:

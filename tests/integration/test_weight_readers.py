@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import Swinv2Config, Swinv2Model
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.integration.weight_readers import modules_whose_weight_is_read, reads_in_source
@@ -41,6 +42,18 @@ def test_the_vision_tower_sees_the_image_and_not_its_int8_cast(name, dtype):
 
 def _cast(x, dtype):
     return x.to(dtype) if x.is_floating_point() else x
+
+
+def test_a_table_made_while_loading_has_the_dtype_of_the_module_it_is_for(tmp_path):
+    """Swin v2 casts its coordinates to the dtype of an MLP's first parameter: int8 would leave their whole numbers."""
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]}
+    model = Swinv2Model(Swinv2Config(**sizes, window_size=4)).eval()
+    model.save_pretrained(tmp_path)
+    quantized = Swinv2Model.from_pretrained(tmp_path, quantization_config=MonoQuantConfig())
+    tables = dict(model.named_buffers())
+    assert tables and all(torch.equal(table, tables[name]) for name, table in quantized.named_buffers())
+    (reason,) = {d.reason for d in quantized.hf_quantizer.decisions if "position_bias_mlp.0" in d.module}
+    assert reason == "Swinv2SelfAttention.create_coords_table_and_index reads the dtype of its weight"
 
 
 def test_t5_takes_care_of_int8_itself_but_not_of_float16():
@@ -89,6 +102,8 @@ class Reader(nn.Module):
         self.heads = nn.ModuleDict({"a": nn.Linear(8, 2)})
         self.called = nn.Linear(8, 8)
         self.measured = nn.Linear(8, 8)
+        self.tower = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+        self.names = nn.Sequential(nn.Embedding(4, 8))
 
     def forward(self, x):
         stem = self.stem
@@ -96,6 +111,8 @@ class Reader(nn.Module):
         for layer in self.layers:
             x = nn.functional.linear(x, layer.weight)
         x = self.called(x.to(self.measured.weight.device))
+        x = self.tower(x.to(next(self.tower.parameters()).dtype))
+        x = x.to(next(self.called.parameters()).device, next(self.names.parameters()).dtype)
         return self.heads["a"](x.to(self.heads["a"].weight.dtype))
 
 
@@ -106,10 +123,11 @@ def test_reads_through_local_names_loops_and_indices_of_an_invented_class():
         "0.layers.0": "Reader.forward reads its weight",
         "0.layers.1": "Reader.forward reads its weight",
         "0.heads.a": "Reader.forward reads the dtype of its weight",
+        "0.tower.0.0": "Reader.forward reads the dtype of its weight",
     }
     model, x = nn.Sequential(Reader()), torch.randn(2, 4, 9)
     expected = model(x)
-    quantize_model(model, MonoQuantConfig())
+    quantize_model(model, MonoQuantConfig(quantize_embeddings=True))
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0.05)
 
 
