@@ -2,9 +2,9 @@
 
     python examples/weight_dtype_readers.py [--all]
 
-A line such as `pixel_values.to(self.patch_embedding.weight.dtype)`, or `next(self.tower.parameters()).dtype`, would make an
-int8 image of the input of a quantized model. mono_quant_hf reads the source of a model's classes to keep such modules in
-float, and this script compares what it finds in every modeling file with a plain search for the text.
+A line such as `pixel_values.to(self.patch_embedding.weight.dtype)`, or `next(self.tower.parameters()).dtype`, would
+make an int8 image of the input of a quantized model. mono_quant_hf reads the source of a model's classes to keep such
+modules in float, and this script compares what it finds in every modeling file with a plain search for the text.
 """
 
 from __future__ import annotations

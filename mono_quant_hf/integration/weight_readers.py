@@ -2,8 +2,8 @@
 
 Many models ask a module for the dtype of its weight to cast an input (`x.to(self.patch_embedding.weight.dtype)`, or
 `next(self.tower.parameters()).dtype`): with int8 codes the input would become int8. Others compute with the weight
-themselves (`F.linear(x, self.proj.weight)`). All are found by reading the source of the model's classes, so that no list
-of model names is needed.
+themselves (`F.linear(x, self.proj.weight)`). All are found by reading the source of the model's classes, so that no
+list of model names is needed.
 """
 
 from __future__ import annotations
