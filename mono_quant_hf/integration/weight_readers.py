@@ -152,6 +152,8 @@ def _reads_of_method(method: ast.FunctionDef) -> Iterator[WeightRead]:
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     aliases = _aliases(method)
     for node in ast.walk(method):
+        if not isinstance(node, ast.expr):
+            continue
         path = _path_read(node, aliases)
         if not path:  # not a submodule of self, or self.weight
             continue
@@ -165,7 +167,7 @@ def _reads_of_method(method: ast.FunctionDef) -> Iterator[WeightRead]:
         yield WeightRead(path, method.name, reads_dtype, handles_int8, node.lineno)
 
 
-def _path_read(node: ast.AST, aliases: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+def _path_read(node: ast.expr, aliases: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
     """The path of `path.weight` and of `next(path.parameters())`; None if the node is neither."""
     match node:
         case ast.Attribute(value=module, attr="weight", ctx=ast.Load()):
