@@ -26,6 +26,9 @@ from .replacement import replace_modules
 
 CONFIG_FILE = "config.json"
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
+ALIGNMENT = 64
+"""In bytes, of what torch allocates. A tensor in the memory map of a file starts at any multiple of 8, and the last
+bits of a float product depend on that."""
 
 
 def config_of_modules(model: nn.Module) -> MonoQuantConfig:
@@ -321,6 +324,8 @@ def _fill(
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             for key in tensors.keys():  # noqa: SIM118  not a dict
                 tensor = tensors.get_tensor(key)
+                if tensor.data_ptr() % ALIGNMENT:
+                    tensor = tensor.clone()
                 owner, _, last = key.rpartition(".")
                 old = model.get_submodule(owner)._parameters.get(last)
                 new = tensor if old is None else nn.Parameter(tensor, requires_grad=old.requires_grad)

@@ -1,6 +1,7 @@
 """Components of diffusers pipelines: quantized in memory, saved, reloaded, and run in the pipeline."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from mono_quant_hf import MonoQuantConfig, load_quantized, quantize_model, save_quantized
 from mono_quant_hf.modules import QuantizedConv2d, QuantizedLinear, QuantizedModule
@@ -19,13 +21,22 @@ diffusers = pytest.importorskip(
 CONFIGS = [MonoQuantConfig(), MonoQuantConfig(symmetric=True), MonoQuantConfig(weights="float16")]
 
 
-def vae():
-    return diffusers.AutoencoderKL(
-        block_out_channels=(16,), norm_num_groups=8, latent_channels=4, sample_size=16
-    )
+VECTORS = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
+"""What a text encoder would say of a prompt: the pipelines here have none."""
 
 
-def unet_pipeline():
+def vae(**config):
+    torch.manual_seed(1)
+    config = {
+        "block_out_channels": (16,),
+        "norm_num_groups": 8,
+        "latent_channels": 4,
+        "sample_size": 16,
+    } | config
+    return diffusers.AutoencoderKL(**config).eval()
+
+
+def ddpm():
     """An unconditional pipeline around a UNet of convolutions and attention."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
@@ -40,7 +51,32 @@ def unet_pipeline():
     return diffusers.DDPMPipeline(unet=unet.eval(), scheduler=diffusers.DDIMScheduler())
 
 
-def transformer_pipeline():
+def stable_diffusion():
+    """A UNet whose attention looks at a text."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    return diffusers.StableDiffusionPipeline(
+        unet=unet.eval(),
+        vae=vae(),
+        scheduler=diffusers.DDIMScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def dit():
     """A class-conditional pipeline around a diffusion transformer."""
     torch.manual_seed(0)
     transformer = diffusers.DiTTransformer2DModel(
@@ -53,20 +89,85 @@ def transformer_pipeline():
         patch_size=2,
     )
     return diffusers.DiTPipeline(
-        transformer=transformer.eval(), vae=vae().eval(), scheduler=diffusers.DDIMScheduler()
+        transformer=transformer.eval(), vae=vae(), scheduler=diffusers.DDIMScheduler()
     )
 
 
-PIPELINES = {"unet": unet_pipeline, "transformer": transformer_pipeline}
+def pixart():
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=32,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=32,
+        use_additional_conditions=False,
+    )
+    return diffusers.PixArtAlphaPipeline(
+        transformer=transformer.eval(),
+        vae=vae(),
+        scheduler=diffusers.DDIMScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+    )
 
 
-def image(pipe):
+def flux():
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return diffusers.FluxPipeline(
+        transformer=transformer.eval(),
+        vae=vae(latent_channels=1, shift_factor=0.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+
+
+MASK = torch.ones(1, 6)
+PROMPT = {"prompt_embeds": VECTORS, "negative_prompt_embeds": -VECTORS}
+MASKS = {"prompt_attention_mask": MASK, "negative_prompt_attention_mask": MASK}
+SIZE = {"height": 8, "width": 8}
+INPUTS = {
+    ddpm: {"batch_size": 2},
+    stable_diffusion: {**PROMPT, **SIZE},
+    dit: {"class_labels": [1, 2]},
+    pixart: {"negative_prompt": None, **PROMPT, **MASKS, **SIZE, "use_resolution_binning": False},
+    flux: {"prompt_embeds": VECTORS, "pooled_prompt_embeds": VECTORS[:, 0], **SIZE},
+}
+
+
+def component_of(pipe):
+    return "unet" if hasattr(pipe, "unet") else "transformer"
+
+
+def image(make, pipe):
     pipe.set_progress_bar_config(disable=True)
-    labels = {"class_labels": [1, 2]} if hasattr(pipe, "transformer") else {"batch_size": 2}
     generator = torch.Generator().manual_seed(0)
     return torch.from_numpy(
-        pipe(**labels, num_inference_steps=2, generator=generator, output_type="np").images
+        pipe(**INPUTS[make], num_inference_steps=2, generator=generator, output_type="np").images
     )
+
+
+def settings(model):
+    settings = json.loads(model.to_json_string())
+    return {k: v for k, v in settings.items() if not k.startswith("_") and k != "quantization_config"}
 
 
 def dequantized_by_hand(model):
@@ -84,45 +185,50 @@ def dequantized_by_hand(model):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["int8", "int8 symmetric", "float16"])
-@pytest.mark.parametrize("component", PIPELINES)
-def test_quantized_saved_and_reloaded_in_its_pipeline(component, config, tmp_path):
-    pipe = PIPELINES[component]()
-    float_image = image(pipe)
+@pytest.mark.parametrize("make", INPUTS)
+def test_quantized_saved_and_reloaded_in_its_pipeline(make, config, tmp_path):
+    pipe = make()
+    float_image = image(make, pipe)
     pipe.save_pretrained(tmp_path / "pipe")
+    component = component_of(pipe)
     model = getattr(pipe, component)
+    convolutions = any(type(module) is nn.Conv2d for module in model.modules())
+    assert convolutions == (make is not flux)
     assert quantize_model(model, config) is model
     kinds = {type(module) for module in model.modules()}
     assert QuantizedLinear in kinds
-    # The convolution that the transformer begins with stays float beside float16: its dtype is the model's.
-    assert (QuantizedConv2d in kinds) == (component == "unet" or config.weights == "int8")
-    quantized_image = image(pipe)
+    # The convolution that DiT begins with stays float beside float16: its dtype is the model's.
+    stays = make is dit and config.weights == "float16"
+    assert (QuantizedConv2d in kinds) == (convolutions and not stays)
+    quantized_image = image(make, pipe)
     assert 0 < relative_error(quantized_image, float_image) < 0.05
     save_quantized(model, tmp_path / "component", max_shard_size="20KB")
     assert len(list((tmp_path / "component").glob("*.safetensors"))) > 1
 
     reloaded = load_quantized(type(model), tmp_path / "component")
-    assert type(reloaded) is type(model) and reloaded.config.sample_size == model.config.sample_size
-    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipe", **{component: reloaded})
-    assert torch.equal(image(again), quantized_image)
+    assert type(reloaded) is type(model) and settings(reloaded) == settings(model)
+    parts = {name: part for name, part in pipe.components.items() if part is None} | {component: reloaded}
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipe", **parts)
+    assert torch.equal(image(make, again), quantized_image)
 
     setattr(pipe, component, dequantized_by_hand(model))
-    assert relative_error(quantized_image, image(pipe)) < 1e-3
+    assert relative_error(quantized_image, image(make, pipe)) < 1e-3
 
 
 def test_a_pipeline_saved_as_a_whole_is_not_read_as_float(tmp_path):
-    pipe = unet_pipeline()
+    pipe = ddpm()
     quantize_model(pipe.unet)
-    expected = image(pipe)
+    expected = image(ddpm, pipe)
     pipe.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="mono_quant"):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     unet = load_quantized(diffusers.UNet2DModel, tmp_path / "unet")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, unet=unet)
-    assert torch.equal(image(again), expected)
+    assert torch.equal(image(ddpm, again), expected)
 
 
 def test_half_precision_keeps_the_dtype_that_the_pipeline_casts_to(tmp_path):
-    transformer = transformer_pipeline().transformer.to(torch.bfloat16)
+    transformer = dit().transformer.to(torch.bfloat16)
     quantize_model(transformer)
     assert transformer.dtype == torch.bfloat16
     save_quantized(transformer, tmp_path / "component")
