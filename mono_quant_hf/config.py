@@ -13,6 +13,9 @@ QUANT_METHOD = "mono_quant"
 FORMAT_VERSION = 1
 """Version of the tensors on disk. A checkpoint of a newer version is refused rather than misread."""
 
+XXH3 = "xxh3:"
+"""Before checksums made by XXH3; those without it are CRC-32, which no version writes any more."""
+
 WEIGHT_TYPES = ("int8", "float16")
 ACTIVATION_TYPES = ("int8",)
 OVERRIDE_WEIGHT_TYPES = (*WEIGHT_TYPES, "float")
@@ -215,7 +218,9 @@ def _checksums(name: str, value: Any) -> str | None:
     if value is None:
         return None
     try:
-        valid = isinstance(value, str) and len(base64.b64decode(value, validate=True)) % 8 == 0
+        valid = (
+            isinstance(value, str) and not len(base64.b64decode(value.removeprefix(XXH3), validate=True)) % 8
+        )
     except ValueError:
         valid = False
     if not valid:

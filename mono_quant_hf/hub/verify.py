@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -25,6 +24,7 @@ from mono_quant_hf.integration.checkpoint import (
     decide_by_checkpoint,
     flaws_of_scale,
     flaws_of_stored_tensors,
+    opener,
     read_headers,
 )
 from mono_quant_hf.integration.expected import expected_tensors
@@ -169,6 +169,7 @@ class _Verifying:
         self.notes: list[str] = []
         self.weights: list[ComparedWeight] = []
         self.compared: int | None = None
+        self.opened = opener()
 
     def add(self, flaw: Flaw) -> None:
         """One flaw a tensor: what follows from the first is not told again."""
@@ -363,7 +364,7 @@ class _Verifying:
         for name in scales:
             key = f"{name}_scale"
             if self.stored[key].dtype == "F32":
-                for flaw in flaws_of_scale(key, self.stored[key].file):
+                for flaw in flaws_of_scale(key, self.stored[key].file, self.opened):
                     self.add(flaw)
             if f"{name}_zero_point" not in self.stored and int(self._load(name).min()) == -128:
                 odd.append(name)
@@ -386,8 +387,8 @@ class _Verifying:
         return (n for n, t in self.stored.items() if t.dtype == "I8" and not n.endswith("_zero_point"))
 
     def _load(self, name: str) -> Tensor:
-        with safe_open(self.stored[name].file, framework="pt") as tensors:
-            return tensors.get_tensor(name)
+        tensor: Tensor = self.opened(self.stored[name].file).get_tensor(name)
+        return tensor
 
     def _bar(self, total: int, what: str) -> Any:
         return tqdm(total=total, desc=what, unit="tensor", disable=not self.progress)
@@ -421,8 +422,8 @@ class _Verifying:
                         f"{list(exact[key].shape)}; is that the float model it was made from?",
                     )
                 elif not broken.intersection((name, f"{name}_scale", f"{name}_zero_point")):
-                    with safe_open(exact[key].file, framework="pt") as tensors:
-                        self._compare(name, tensors.get_tensor(key), source, half_precision)
+                    float_weight = self.opened(exact[key].file).get_tensor(key)
+                    self._compare(name, float_weight, source, half_precision)
         if any(self.stored[name].dtype == "I8" for name in missing):
             name = next(name for name in missing if self.stored[name].dtype == "I8")
             self.says(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,6 +73,11 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
     return stored
 
 
+def opener() -> Callable[[str], Any]:
+    """A function that opens safetensors files by path, each once: reading a header takes longer than most tensors."""
+    return functools.cache(lambda file: safe_open(file, framework="pt"))
+
+
 def decide_by_checkpoint(
     decisions: list[Decision], stored: dict[str, StoredTensor], aliases: Callable[[str], list[str]]
 ) -> list[Decision]:
@@ -114,6 +121,7 @@ def flaws_of_stored_tensors(
     model: nn.Module, stored: dict[str, StoredTensor], aliases: Callable[[str], list[str]]
 ) -> Iterator[Flaw]:
     """What does not fit the quantized modules of a model: missing scales, wrong dtypes and shapes, no real scales."""
+    opened = opener()
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedModule):
             continue
@@ -141,7 +149,7 @@ def flaws_of_stored_tensors(
                         f"{dtype} {list(parameter.shape)}; save the quantized model again.",
                     )
                 elif suffix == "_scale":
-                    yield from flaws_of_scale(key + suffix, found.file)
+                    yield from flaws_of_scale(key + suffix, found.file, opened)
             expected = tuple(module.get_parameter(weight).shape)
             if stored[key].shape != expected:
                 yield Flaw(
@@ -152,10 +160,9 @@ def flaws_of_stored_tensors(
                 )
 
 
-def flaws_of_scale(key: str, file: str) -> Iterator[Flaw]:
-    """One, where a stored scale is not finite and positive throughout."""
-    with safe_open(file, framework="pt") as tensors:
-        scale = tensors.get_tensor(key)
+def flaws_of_scale(key: str, file: str, opened: Callable[[str], Any]) -> Iterator[Flaw]:
+    """One, where a stored scale is not finite and positive throughout; `opened` gives the open file."""
+    scale = opened(file).get_tensor(key)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         yield Flaw(
             file,

@@ -11,26 +11,42 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
-from safetensors import safe_open
+import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from .checkpoint import Flaw
+from mono_quant_hf.config import XXH3
 
-ENTRY = struct.Struct(">II")  # CRC-32 of the name and of the tensor
+from .checkpoint import Flaw, opener
+
+ENTRY = struct.Struct(">II")  # hash of the name and of the tensor
+
+Hash = Callable[[Any, int], int]
+"""Of bytes, given what was hashed before them (0 at first)."""
+
+xxh3: Hash = xxhash.xxh3_64_intdigest  # as quick as the memory, and lets other threads run
 
 
-def fingerprint(tensor: Tensor) -> int:
-    """CRC-32 of dtype, shape and bytes."""
-    start = zlib.crc32(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    if tensor.numel() == 0:
-        return start
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return zlib.crc32(raw.data, start)
+def fingerprint(tensor: Tensor, hashed: Hash = xxh3) -> int:
+    """32 bits of the hash of dtype, shape and bytes."""
+    found = hashed(f"{tensor.dtype}{list(tensor.shape)}".encode(), 0)
+    if tensor.numel() > 0:
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found = hashed(raw.data, found)
+    return _short(found)
+
+
+def _short(found: int) -> int:
+    return found & 0xFFFFFFFF
+
+
+def _of_name(name: str, hashed: Hash = xxh3) -> int:
+    return _short(hashed(name.encode(), 0))
 
 
 def checksums_of(model: PreTrainedModel) -> str:
@@ -57,8 +73,14 @@ def checksums_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _encoded(fingerprints: Iterable[tuple[str, int]]) -> str:
-    entries = [ENTRY.pack(zlib.crc32(name.encode()), found) for name, found in fingerprints]
-    return base64.b64encode(b"".join(sorted(entries))).decode()
+    entries = [ENTRY.pack(_of_name(name), found) for name, found in fingerprints]
+    return XXH3 + base64.b64encode(b"".join(sorted(entries))).decode()
+
+
+def _decoded(checksums: str) -> tuple[dict[int, int], Hash]:
+    """What was recorded, `{hash of the name: hash of the tensor}`, and by which hash."""
+    hashed = xxh3 if checksums.startswith(XXH3) else zlib.crc32  # of the first checkpoints
+    return dict(ENTRY.iter_unpack(base64.b64decode(checksums.removeprefix(XXH3)))), hashed
 
 
 def check_fingerprints(files: Sequence[str], checksums: str, names: Iterable[str]) -> None:
@@ -88,11 +110,17 @@ def flaws_by_fingerprint(
         files, checksums, names: as in `check_fingerprints`.
         on_each: called with the name of each tensor when it was compared.
     """
-    recorded = dict(ENTRY.iter_unpack(base64.b64decode(checksums)))
-    stored = [(file, name) for file in files for name in _names_in(file)]
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # zlib lets other threads run
-        for (file, name), found in zip(stored, pool.map(_fingerprint_stored, stored), strict=True):
-            if recorded.pop(zlib.crc32(name.encode()), found) != found:
+    recorded, hashed = _decoded(checksums)
+    opened = opener()
+    stored = [(file, name) for file in files for name in opened(file).keys()]  # noqa: SIM118
+
+    def compute(place: tuple[str, str]) -> int:
+        file, name = place
+        return fingerprint(opened(file).get_tensor(name), hashed)
+
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        for (file, name), found in zip(stored, pool.map(compute, stored), strict=True):
+            if recorded.pop(_of_name(name, hashed), found) != found:
                 yield Flaw(
                     file,
                     name,
@@ -102,7 +130,7 @@ def flaws_by_fingerprint(
             if on_each is not None:
                 on_each(name)
     if recorded:
-        known = {zlib.crc32(name.encode()): name for name in names}
+        known = {_of_name(name, hashed): name for name in names}
         missing = sorted(known.get(code, "a tensor that this model does not name") for code in recorded)
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         yield Flaw(
@@ -110,14 +138,3 @@ def flaws_by_fingerprint(
             missing[0],
             f"{missing[0]}{more} is missing from {files[0]}; download or save the model again.",
         )
-
-
-def _names_in(file: str) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
-
-
-def _fingerprint_stored(stored: tuple[str, str]) -> int:
-    file, name = stored
-    with safe_open(file, framework="pt") as tensors:
-        return fingerprint(tensors.get_tensor(name))

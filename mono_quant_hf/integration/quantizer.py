@@ -71,6 +71,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self.problems: list[str] = []
         self.quantized_modules: set[str] = set()
         self.has_experts = False
+        self.may_offload = True
         self._keep_in_fp32_strict: Any = None
 
     # Before the weights are loaded
@@ -94,6 +95,8 @@ class MonoQuantHfQuantizer(HfQuantizer):
             )
         if isinstance(device_map, dict):
             keep_tied_together(model, device_map)
+        # A map that is still to be made, such as "auto", may come to it.
+        self.may_offload = isinstance(device_map, str) or "disk" in (device_map or {}).values()
         decisions = decide(model, self.quantization_config, dtype)
         stored = {}
         if self.pre_quantized and checkpoint_files:
@@ -134,7 +137,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
         updated = super().update_weight_conversions(weight_conversions, model)
-        if not self.pre_quantized:
+        if not self.pre_quantized and self.may_offload:
             tails = sorted({".".join(name.split(".")[-2:]) for name in _quantized_weight_names(model)})
             updated += [WeightConverter(re.escape(tail), tail, [PassThrough()]) for tail in tails]
         return updated

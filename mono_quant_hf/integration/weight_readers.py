@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _HARMLESS_ATTRIBUTES = frozenset(
     {"device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda"}
 )
 _HARMLESS_CALLS = frozenset({"isinstance", "getattr", "hasattr", "id"})
+_WEIGHT_OF_ANOTHER = re.compile(r"""(?<!\bself)\.weight\b(?!["'])""")
 _SET_UP_METHODS = ("__init__", "init_", "_init_", "reset_parameters", "_tie_weights", "tie_weights")
 # Their methods concern any model, not the weights of one; and torch's own modules read only their own weight.
 _GENERAL_PACKAGES = (
@@ -75,6 +77,8 @@ def modules_whose_weight_is_read(model: nn.Module, weights: str) -> dict[str, st
 
 def reads_in_source(source: str) -> dict[str, tuple[WeightRead, ...]]:
     """What the classes of a file read of the weights of their submodules, by qualified class name."""
+    if not _WEIGHT_OF_ANOTHER.search(source):  # parsing takes longer than all the rest
+        return {}
     return {name: tuple(_reads_of_methods(cls)) for name, cls in _definitions_in(ast.parse(source)).items()}
 
 
@@ -109,26 +113,23 @@ def _reads_of_class(cls: type[nn.Module]) -> tuple[WeightRead, ...]:
     for base in cls.__mro__:
         if base is object or f"{base.__module__}.".startswith(_GENERAL_PACKAGES):
             continue
-        definition = _class_definitions(base.__module__).get(base.__qualname__)
-        if definition is not None:
-            reads += _reads_of_methods(definition)
+        reads += _reads_of_file(base.__module__).get(base.__qualname__, ())
     return tuple(reads)
+
+
+@functools.lru_cache(maxsize=512)
+def _reads_of_file(module_name: str) -> dict[str, tuple[WeightRead, ...]]:
+    """What the classes of a module's file read; empty where there is no source to read."""
+    try:
+        return reads_in_source(inspect.getsource(sys.modules[module_name]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return {}
 
 
 def _reads_of_methods(definition: ast.ClassDef) -> Iterator[WeightRead]:
     for method in definition.body:
         if isinstance(method, ast.FunctionDef) and not method.name.startswith(_SET_UP_METHODS):
             yield from _reads_of_method(method)
-
-
-@functools.lru_cache(maxsize=512)
-def _class_definitions(module_name: str) -> dict[str, ast.ClassDef]:
-    """Class definitions of a module by qualified name; empty where there is no source to read."""
-    try:
-        tree = ast.parse(inspect.getsource(sys.modules[module_name]))
-    except (KeyError, OSError, TypeError, SyntaxError):
-        return {}
-    return _definitions_in(tree)
 
 
 def _definitions_in(tree: ast.Module) -> dict[str, ast.ClassDef]:

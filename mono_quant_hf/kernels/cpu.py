@@ -6,12 +6,13 @@ Also what int8 activations need before and after the integer product of torch.
 """
 
 import ctypes
+import gc
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 
 import torch
@@ -57,9 +58,22 @@ def load() -> ModuleType | None:
     if not _runtime.asked:
         with _runtime.lock:
             if not _runtime.asked:
-                _load()
+                with _no_garbage_collection():
+                    _load()
                 _runtime.asked = True
     return _runtime.compiled
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What is made here lives as long as the process, yet half of the time went into looking for garbage in it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def why_missing() -> str:
