@@ -40,11 +40,14 @@ def config_of_modules(model: nn.Module) -> MonoQuantConfig:
         ValueError: no module is quantized.
     """
     kinds: dict[str, dict[str, Any]] = {}
+    rounds_inputs = any(isinstance(m, QuantizedModule) and m.activations is not None for m in model.modules())
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             kinds[name] = {"weights": module.weights}
             if module.weights == "int8":
                 kinds[name]["symmetric"] = module.symmetric
+                if rounds_inputs and module.quantizes_activations:
+                    kinds[name]["activations"] = module.activations
         elif quantized_class_for(module) is not None:
             kinds[name] = {"weights": "float"}
     counts = Counter(json.dumps(kind) for kind in kinds.values() if kind["weights"] != "float")
@@ -53,7 +56,7 @@ def config_of_modules(model: nn.Module) -> MonoQuantConfig:
             f"{type(model).__name__} holds no quantized module; quantize it first (quantize_model)."
         )
     usual = json.loads(counts.most_common(1)[0][0])
-    overrides = {name: kind for name, kind in kinds.items() if kind != usual}
+    overrides = {name: kind for name, kind in kinds.items() if not kind.items() <= usual.items()}
     tables = any(isinstance(m, QuantizedModule) and isinstance(m, nn.Embedding) for m in model.modules())
     return MonoQuantConfig(**usual, module_overrides=overrides or None, quantize_embeddings=tables)
 
@@ -247,7 +250,7 @@ def _skeleton(model: Any, folder: Path) -> nn.Module:
 
 def _makers(model: nn.Module, config: MonoQuantConfig) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """What `replace_modules` needs to make every module what the config says."""
-    usual = {"weights": config.weights, "symmetric": config.symmetric}
+    usual = {"weights": config.weights, "symmetric": config.symmetric, "activations": config.activations}
     makers: dict[str, Callable[[nn.Module], nn.Module]] = {}
     for name, module in model.named_modules():
         quantized_class = quantized_class_for(module)
@@ -265,7 +268,11 @@ class _Twin:
 
     def __call__(self, module: nn.Module) -> nn.Module:
         return self.quantized_class.empty_like(
-            module, self.settings["weights"], bool(self.settings["symmetric"]), name=self.name
+            module,
+            self.settings["weights"],
+            bool(self.settings["symmetric"]),
+            name=self.name,
+            activations=self.settings["activations"],
         )
 
 

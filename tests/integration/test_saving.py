@@ -66,6 +66,17 @@ def test_bit_for_bit(config, how, tmp_path):
     assert loaded.head.bias.requires_grad and not loaded.norm.running_mean.requires_grad
 
 
+@pytest.mark.parametrize(
+    "head", [{"activations": None}, {"weights": "float16"}, {"activations": "int8"}], ids=str
+)
+def test_what_rounds_its_inputs_does_so_again(head, tmp_path):
+    saved = model(MonoQuantConfig(activations="int8", module_overrides={"head": head}))
+    save_quantized(saved, tmp_path / "model")
+    loaded = load_quantized(Own, tmp_path / "model")
+    rounding = [[getattr(m, "activations", None) for m in either.modules()] for either in (saved, loaded)]
+    assert rounding[0] == rounding[1] and "int8" in rounding[0]
+
+
 def test_saving_again_gives_the_same_checksums(folder, tmp_path):
     save_quantized(load_quantized(Own, folder), tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
