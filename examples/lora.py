@@ -4,6 +4,8 @@
 
 The codes stay int8 while the adapter is trained beside them. `OUTPUT/adapter` then holds the adapter alone, some
 megabytes to be used with the quantized model in `OUTPUT/base`; `OUTPUT/merged` a quantized model that needs no PEFT.
+
+Needs `pip install 'mono-quant-hf[peft]'`.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
             logging_steps=max(1, arguments.steps // 10),
             save_strategy="no",
             report_to=[],
+            dataloader_pin_memory=torch.accelerator.is_available(),
         ),
         train_dataset=[{"input_ids": window, "labels": window} for window in windows],
     )

@@ -22,7 +22,8 @@ def main() -> None:
     # Weights, tokenizer or processor, and a model card.
     quantize_checkpoint(arguments.model, arguments.output, MonoQuantConfig())
     found = verify_checkpoint(arguments.output, arguments.model)
-    print(f"{len(found.weights)} weights, the lowest SQNR {found.weights[0].sqnr:.1f} dB; sound: {found.ok}")
+    verdict = "nothing is wrong" if found.ok else "; ".join(flaw.message for flaw in found.flaws)
+    print(f"{len(found.weights)} weights, the lowest SQNR {found.weights[0].sqnr:.1f} dB: {verdict}")
     if arguments.push:
         print(push_to_hub(arguments.output, arguments.push).commit_url)
 

@@ -78,10 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except (ValueError, TypeError) as problem:
         raise CommandError(str(problem)) from problem
+    overrides = "".join(
+        f'    "{name}": {json.dumps(kind)},\n' for name, kind in result.module_overrides.items()
+    )
     text = (
         f"{result.table()}\n\n{result.bytes / 1e6:,.2f} MB of {result.float_bytes / 1e6:,.2f} MB in float, mean KL "
-        f"divergence {result.kl:.3g} nats (measured).\n\nMonoQuantConfig(symmetric={arguments.symmetric}, "
-        f"module_overrides=\n{json.dumps(result.module_overrides, indent=2)})"
+        f"divergence {result.kl:.3g} nats (measured).\n\n"
+        f"MonoQuantConfig(symmetric={arguments.symmetric}, module_overrides={{\n{overrides}}})"
     )
     show(arguments, text, result.to_dict())
     if arguments.png:

@@ -9,6 +9,9 @@ from mono_quant_hf.hub import Verification, verify_checkpoint
 from .models import check_output_files
 from .output import add_json_argument, show
 
+FLAWS = 10
+"""What is listed of a damage that is everywhere, if --top does not say more."""
+
 DESCRIPTION = """\
 Check the files of a quantized model against its config.json: every file, name, dtype and shape, scales finite and
 positive, zero-points where they belong, every checksum, the index of shards. With --source, also each weight against
@@ -35,7 +38,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--source", metavar="MODEL", help="the float model that it was made from")
     command.add_argument("--revision", metavar="REV", help="of a checkpoint on the Hub")
     command.add_argument(
-        "--top", type=int, default=5, metavar="N", help="weights to list with --source; 0 for all (5)"
+        "--top",
+        type=int,
+        default=5,
+        metavar="N",
+        help="weights to list with --source; 0 for all, also of what is wrong (5)",
     )
     add_json_argument(command)
     command.set_defaults(run=run)
@@ -70,8 +77,11 @@ def _text(found: Verification, top: int) -> str:
             steps = "" if weight.steps is None else f"  at most {weight.steps:.3f} steps"
             lines.append(f"    {weight.tensor.ljust(width)}  {weight.sqnr:6.1f} dB{steps}  {weight.rounding}")
     lines += [f"  note: {note}" for note in found.notes]
-    lines += [f"  WRONG: {flaw.message}" for flaw in found.flaws]
     count = len(found.flaws)
+    listed = found.flaws[: max(top, FLAWS) if top else None]
+    lines += [f"  WRONG: {flaw.message}" for flaw in listed]
+    if len(listed) < count:
+        lines.append(f"  ... and {count - len(listed)} more (--top 0 shows all)")
     lines.append(
         "Nothing is wrong." if found.ok else f"{count} thing{'s are' if count > 1 else ' is'} wrong."
     )

@@ -150,6 +150,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
             raise ValueError(" ".join(self.problems))
         self.restore_conversions(model)
         self._check_loaded(model)
+        _freeze(model)
         if not self.pre_quantized:
             share_offloaded(model)
         self._initialize_buffers(model)
@@ -345,3 +346,11 @@ def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
         if isinstance(part, PreTrainedModel):
             owner = part
     return owner
+
+
+def _freeze(model: PreTrainedModel) -> None:
+    """Train scales and float16 weights no more than codes; transformers lets every float that it loads be trained."""
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            for name in module.storage_names():
+                module.get_parameter(name).requires_grad_(False)

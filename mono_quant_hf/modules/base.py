@@ -189,7 +189,8 @@ class QuantizedModule(nn.Module):
         if self.weights == "float16":
             return stored.to(dtype)
         zero_point = self._parameters[f"{weight_name}_zero_point"]
-        return dequantize_codes(stored, self.get_parameter(f"{weight_name}_scale"), zero_point, dtype)
+        scale = self.get_parameter(f"{weight_name}_scale").detach()
+        return dequantize_codes(stored, scale, zero_point, dtype)
 
     def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A module of the original class with the dequantized weights in `dtype`."""

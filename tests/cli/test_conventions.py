@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
-from mono_quant_hf import quantize_model
+from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.cli import main as main_module
 from mono_quant_hf.cli import verify
 from mono_quant_hf.cli.main import main
@@ -154,3 +156,22 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path):
     )
     assert done.returncode == 2 and "the disk is full" in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_lists_a_part_of_many_flaws(folder, tmp_path, capsys):
+    torch.manual_seed(1)
+    LlamaForCausalLM(make_llama().config).save_pretrained(tmp_path / "other")
+    listed = []
+    for options in ([], ["--top", "12"], ["--top", "0"]):
+        assert main(["verify", str(folder / "int8"), "--source", str(tmp_path / "other"), *options]) == 1
+        said = capsys.readouterr().out
+        listed.append(said.count("WRONG"))
+        assert ("more (--top 0 shows all)" in said) == (options != ["--top", "0"])
+    assert listed[:2] == [verify.FLAWS, 12] and listed[2] > 12
+
+
+def test_search_prints_a_config_that_can_be_used(folder, capsys):
+    main(["search", str(folder / "float"), "--max-kl", "1e-9", "--max-tokens", "64"])
+    _, found, config = capsys.readouterr().out.partition("MonoQuantConfig(")
+    made = eval(found + config, {"MonoQuantConfig": MonoQuantConfig})
+    assert made.module_overrides and config.count("\n") == len(made.module_overrides) + 2

@@ -47,7 +47,7 @@ def language_model(tmp_path):
 
 
 def test_quantize_and_push(language_model, tmp_path):
-    assert "sound: True" in run("quantize_and_push.py", language_model, tmp_path / "int8")
+    assert "nothing is wrong" in run("quantize_and_push.py", language_model, tmp_path / "int8")
     assert verify_checkpoint(tmp_path / "int8", language_model).ok
     assert (tmp_path / "int8" / "README.md").is_file()
 

@@ -288,8 +288,9 @@ def test_gguf_keeps_in_float_what_float16_scales_would_spoil(tmp_path):
 def test_gguf_of_zero_points_is_rounded_again_and_it_is_said(tmp_path, caplog):
     pytest.importorskip("gguf")
     model = quantized(wide())
+    model.save_pretrained(tmp_path / "int8")
     with caplog.at_level(logging.WARNING, logger="mono_quant_hf"):
-        export(model, tmp_path / "model.gguf", "gguf")
+        export(tmp_path / "int8", tmp_path / "model.gguf", "gguf")
     assert "14 modules" in caplog.text and "rounded once more" in caplog.text
     assert_same_logits(load_gguf(tmp_path / "model.gguf"), model, tolerance=0.05)
 

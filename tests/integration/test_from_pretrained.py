@@ -78,6 +78,8 @@ def test_quantize_on_load_save_and_reload(family, config, dtype, float_folders, 
     for name, tensor in model.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], tensor)
         assert reloaded.state_dict()[name].dtype == tensor.dtype
+    for module in (*quantized(model).values(), *quantized(reloaded).values()):
+        assert not any(module.get_parameter(name).requires_grad for name in module.storage_names())
 
 
 def test_which_modules_become_what(float_folders):
