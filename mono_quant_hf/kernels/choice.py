@@ -7,7 +7,7 @@ name of a way, which is then taken wherever it can be:
 - `float`: CPU: int8 codes or float16 weights, turned to float32 as they stream by; Numba
 - `blocks`: CPU: some rows at a time expanded to float32, torch's float32 matmul
 - `portable`: everywhere: expand, then torch's matmul
-- `int8`: x in int8 too, torch's integer matmul; only in layers that ask for int8 activations
+- `int8`: x in int8 too, by our kernel (VNNI) or torch's integer matmul; only in layers that ask for int8 activations
 """
 
 import logging
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .int8_activations import FEWEST_TOKENS, LONGEST, has_units
+from .int8_activations import FEWEST_TOKENS, LONGEST, by_kernel, has_units
 
 log = logging.getLogger("mono_quant_hf")
 
@@ -180,8 +180,8 @@ def decide_int8(
         if small:
             return Choice("", "the weight is small")
         if not has_units():
-            return _no_gain("this processor has no int8 matrix instructions that torch uses")
-        return Choice("int8", "int8 products in hardware")
+            return _no_gain("this processor has no int8 matrix instructions")
+        return Choice("int8", f"int8 products in hardware, by {'our kernel' if by_kernel(k) else 'torch'}")
     if device == "cuda":
         if n % 8 or k % 8:
             return Choice("", f"{n} x {k} are no multiples of 8")

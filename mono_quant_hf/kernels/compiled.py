@@ -33,6 +33,7 @@ X86 = _TRIPLE.startswith(("x86_64", "i686"))
 VECTOR_BYTES = 64 if "+avx512bw" in _HAS else 32 if "+avx2" in _HAS else 16
 HALF = "+f16c" in _HAS or _TRIPLE.startswith(("aarch64", "arm64"))  # float16 to float32 in hardware
 _LANES = VECTOR_BYTES // 4
+BYTE_UNITS = (VECTOR_BYTES == 64 and "+avx512vnni" in _HAS) or (VECTOR_BYTES == 32 and "+avxvnni" in _HAS)
 _ROWS = 4
 _TOKENS = 4 if VECTOR_BYTES == 64 or not X86 else 2  # 4 x 4 accumulators need 32 registers, 4 x 2 need 16
 
@@ -64,6 +65,7 @@ def _pointer(dtype: Any) -> Any:
 
 
 _int8_at, _int16_at, _int32_at = _pointer(types.int8), _pointer(types.int16), _pointer(types.int32)
+_int64_at, _uint8_at = _pointer(types.int64), _pointer(types.uint8)
 _uint16_at, _float_at, _double_at = _pointer(types.uint16), _pointer(types.float32), _pointer(types.float64)
 
 
@@ -76,6 +78,21 @@ def _next(typing_context, address):  # type: ignore[no-untyped-def]
         return builder.atomic_rmw("add", where, ir.Constant(_I64, 1), "monotonic")
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at `address`, without waiting."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        opaque = _I8.as_pointer()
+        function = ir.FunctionType(ir.VoidType(), [opaque, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+        read, second_level, data = (ir.Constant(_I32, value) for value in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(args[0], opaque), read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic
@@ -132,98 +149,187 @@ def _float_to_bits(typing_context, value):  # type: ignore[no-untyped-def]
 # ---------------------------------------------------------------- tiles
 
 
-def _tile(kind: str, rows: int, tokens: int, lanes: int) -> Any:
-    """out[r, t] += sum over k < steps * width of w[r, k] * x[t, k]; strides in bytes, `out` float32.
+_MULTIPLY_ADD = {  # by the products that are summed in a lane, and the lanes
+    (2, 16): "llvm.x86.avx512.pmaddw.d.512",
+    (2, 8): "llvm.x86.avx2.pmadd.wd",
+    (2, 4): "llvm.x86.sse2.pmadd.wd",
+    (4, 16): "llvm.x86.avx512.vpdpbusd.512",
+    (4, 8): "llvm.x86.avx512.vpdpbusd.256",
+}
 
-    `kind` names the two operands: "int8 int16" multiplies in integers, two products to a lane where the
-    processor can (the caller keeps the sums within int32); "int8 float" and "half float" in float32.
-    """
-    paired = kind == "int8 int16" and X86 and lanes > 1
-    width = lanes * (2 if paired else 1)
-    multiply_add = {
-        16: "llvm.x86.avx512.pmaddw.d.512",
-        8: "llvm.x86.avx2.pmadd.wd",
-        4: "llvm.x86.sse2.pmadd.wd",
-    }
-    integer = kind == "int8 int16"
+
+def _in_a_lane(kind: str, lanes: int) -> int:
+    """How many products one instruction sums in each lane."""
+    if lanes > 1 and kind == "int8 int16" and X86:
+        return 2
+    return 4 if lanes > 1 and kind == "int8 uint8" and BYTE_UNITS else 1
+
+
+def _is_integer(kind: str) -> bool:
+    return kind in ("int8 int16", "int8 uint8")
+
+
+def _add_products(  # type: ignore[no-untyped-def]
+    builder, kind: str, lanes: int, sums, w, w_stride, x, x_stride, steps
+) -> None:
+    """sums[t][r] += products of row r of the weight by row t of x, a vector of `lanes`; see `_tile`."""
+    together = _in_a_lane(kind, lanes)
+    width, tokens, rows = lanes * together, len(sums), len(sums[0])
+    integer = _is_integer(kind)
     w_item, w_size = (ir.HalfType(), 2) if kind.startswith("half") else (_I8, 1)
-    x_item, x_size = (_I16, 2) if integer else (_FLOAT, 4)
+    x_item, x_size = {"int16": (_I16, 2), "uint8": (_I8, 1), "float": (_FLOAT, 4)}[kind.split()[1]]
     sum_type = ir.VectorType(_I32 if integer else _FLOAT, lanes)
+
+    def load(base, index, item, size):  # type: ignore[no-untyped-def]
+        address = builder.add(base, builder.mul(index, ir.Constant(_I64, width * size)))
+        value = builder.load(builder.inttoptr(address, ir.VectorType(item, width).as_pointer()))
+        value.align = size
+        return value
+
+    def widen(value, signed=True):  # type: ignore[no-untyped-def]
+        if together == 4:
+            return builder.bitcast(value, sum_type)
+        if integer:
+            extend = builder.sext if signed else builder.zext
+            return extend(value, ir.VectorType(_I16 if together == 2 else _I32, width))
+        if value.type.element == _FLOAT:
+            return value
+        return (builder.fpext if w_size == 2 else builder.sitofp)(value, sum_type)
+
+    def accumulate(total, a, b):  # type: ignore[no-untyped-def]
+        if together > 1:
+            operands = [total, b, a] if together == 4 else [a, b]
+            function = ir.FunctionType(sum_type, [operand.type for operand in operands])
+            name = _MULTIPLY_ADD[together, lanes]
+            function = cgutils.get_or_insert_function(builder.module, function, name)
+            product = builder.call(function, operands)
+            return product if together == 4 else builder.add(total, product)
+        if integer:
+            return builder.add(total, builder.mul(a, b))
+        return builder.fadd(total, builder.fmul(a, b, flags=["contract"]), flags=["contract"])
+
+    def base(first, stride, count):  # type: ignore[no-untyped-def]
+        return [builder.add(first, builder.mul(stride, ir.Constant(_I64, i))) for i in range(count)]
+
+    w_rows, x_rows = base(w, w_stride, rows), base(x, x_stride, tokens)
+    with cgutils.for_range(builder, steps) as loop:
+        w_values = [widen(load(row, loop.index, w_item, w_size)) for row in w_rows]
+        for t in range(tokens):
+            x_value = widen(load(x_rows[t], loop.index, x_item, x_size), signed=kind != "int8 uint8")
+            for r in range(rows):
+                builder.store(accumulate(builder.load(sums[t][r]), w_values[r], x_value), sums[t][r])
+
+
+def _across(builder, vectors):  # type: ignore[no-untyped-def]
+    """One vector with the sum of each of `vectors`: a power of two of them, and no more than each has lanes."""
+    count, lanes = len(vectors), vectors[0].type.count
+
+    def neighbours(a, b):  # type: ignore[no-untyped-def]
+        index = ir.VectorType(_I32, lanes)
+        even, odd = (
+            builder.shuffle_vector(a, b, ir.Constant(index, list(range(first, 2 * lanes, 2))))
+            for first in (0, 1)
+        )
+        return builder.fadd(even, odd)
+
+    while len(vectors) > 1:
+        vectors = [neighbours(*vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
+    total = vectors[0]
+    while lanes > count:
+        lanes //= 2
+        total = neighbours(total, total)
+    return total
+
+
+def _tile(kinds: tuple[str, ...], rows: int, tokens: int, lanes: int) -> Any:
+    """out[t, r] += sum over k < steps * width of w[r, k] * x[t, k]; strides in bytes, `out` float32.
+
+    A kind names the two operands: "int8 int16" and "int8 uint8" multiply in integers, two or four products to a
+    lane where the processor can (the caller keeps the sums within int32); "int8 float" and "half float" in float32.
+    With two kinds there are two sets of operands, summed together before they are added up across the lanes.
+    """
+    integer = _is_integer(kinds[0])
     float_type = ir.VectorType(_FLOAT, lanes)
 
-    @intrinsic
-    def tile(typing_context, w, w_stride, x, x_stride, steps, out):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            w, w_stride, x, x_stride, steps, out = args
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        zero = ir.Constant(ir.VectorType(_I32 if integer else _FLOAT, lanes), None)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(rows)] for _ in range(tokens)]
+        for i, kind in enumerate(kinds):
+            _add_products(builder, kind, lanes, sums, *args[5 * i : 5 * i + 5])
+        flat = [builder.load(total) for of_token in sums for total in of_token]
+        if integer:
+            flat = [builder.sitofp(total, float_type) for total in flat]
+        for i in range(0, len(flat), lanes):
+            totals = _across(builder, flat[i : i + lanes])
+            where = builder.add(args[-1], ir.Constant(_I64, 4 * i))
+            where = builder.inttoptr(where, totals.type.as_pointer())
+            before = builder.load(where)
+            before.align = 4
+            builder.store(builder.fadd(before, totals), where).align = 4
+        return context.get_dummy_value()
 
-            def load(base, index, item, size):  # type: ignore[no-untyped-def]
-                address = builder.add(base, builder.mul(index, ir.Constant(_I64, width * size)))
-                value = builder.load(builder.inttoptr(address, ir.VectorType(item, width).as_pointer()))
-                value.align = size
-                return value
+    if len(kinds) == 1:
 
-            def widen(value):  # type: ignore[no-untyped-def]
-                if integer:
-                    return builder.sext(value, ir.VectorType(_I16 if paired else _I32, width))
-                if value.type.element == _FLOAT:
-                    return value
-                convert = builder.fpext if w_size == 2 else builder.sitofp
-                return convert(value, float_type)
+        @intrinsic
+        def tile(typing_context, w, w_stride, x, x_stride, steps, out):  # type: ignore[no-untyped-def]
+            return types.void(*[types.int64] * 6), generate
 
-            def accumulate(total, a, b):  # type: ignore[no-untyped-def]
-                if paired:
-                    pair = ir.VectorType(_I16, width)
-                    function = ir.FunctionType(sum_type, [pair, pair])
-                    product = cgutils.get_or_insert_function(builder.module, function, multiply_add[lanes])
-                    return builder.add(total, builder.call(product, [a, b]))
-                if integer:
-                    return builder.add(total, builder.mul(a, b))
-                return builder.fadd(total, builder.fmul(a, b, flags=["contract"]), flags=["contract"])
+    else:
 
-            def base(first, stride, count):  # type: ignore[no-untyped-def]
-                return [builder.add(first, builder.mul(stride, ir.Constant(_I64, i))) for i in range(count)]
-
-            w_rows, x_rows = base(w, w_stride, rows), base(x, x_stride, tokens)
-            zero = ir.Constant(sum_type, None)
-            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(tokens)] for _ in range(rows)]
-            with cgutils.for_range(builder, steps) as loop:
-                w_values = [widen(load(row, loop.index, w_item, w_size)) for row in w_rows]
-                for t in range(tokens):
-                    x_value = load(x_rows[t], loop.index, x_item, x_size)
-                    x_value = x_value if paired else widen(x_value)
-                    for r in range(rows):
-                        total = builder.load(sums[r][t])
-                        builder.store(accumulate(total, w_values[r], x_value), sums[r][t])
-            across = cgutils.get_or_insert_function(
-                builder.module,
-                ir.FunctionType(_FLOAT, [_FLOAT, float_type]),
-                f"llvm.vector.reduce.fadd.v{lanes}f32",
-            )
-            for r in range(rows):
-                for t in range(tokens):
-                    total = builder.load(sums[r][t])
-                    if integer:
-                        total = builder.sitofp(total, float_type)
-                    where = builder.add(out, ir.Constant(_I64, 4 * (r * tokens + t)))
-                    where = builder.inttoptr(where, _FLOAT.as_pointer())
-                    total = builder.call(across, [ir.Constant(_FLOAT, -0.0), total], fastmath=["reassoc"])
-                    builder.store(builder.fadd(builder.load(where), total), where)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 6), generate
+        @intrinsic
+        def tile(  # type: ignore[no-untyped-def]
+            typing_context, w, w_stride, x, x_stride, steps, v, v_stride, y, y_stride, more_steps, out
+        ):
+            return types.void(*[types.int64] * 11), generate
 
     return tile
 
 
-_WIDE = 2 * _LANES if X86 else _LANES  # how many k one step of an integer tile takes
-_int_4t, _int_41 = _tile("int8 int16", _ROWS, _TOKENS, _LANES), _tile("int8 int16", _ROWS, 1, _LANES)
-_int_42 = _tile("int8 int16", _ROWS, 2, _LANES)
-_int_11, _int_tail = _tile("int8 int16", 1, 1, _LANES), _tile("int8 int16", 1, 1, 1)
-_code_41, _code_11 = _tile("int8 float", _ROWS, 1, _LANES), _tile("int8 float", 1, 1, _LANES)
-_code_tail = _tile("int8 float", 1, 1, 1)
+@intrinsic
+def _scale_dots(typing_context, dots, rows, stride, total, step, out):  # type: ignore[no-untyped-def]
+    """out[r] = (dots[r] - zero_point[r] * total) * step * scale[r] + bias[r] for `_ROWS` rows, in float64.
+
+    `dots` and `out` are float32; scales, zero-points and biases are float64, `stride` bytes apart from `rows` on.
+    Written as vectors, since LLVM must take `out` for something that the others may overlap.
+    """
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        dots, rows, stride, total, step, out = args
+        floats, doubles = ir.VectorType(_FLOAT, _ROWS), ir.VectorType(ir.DoubleType(), _ROWS)
+
+        def load(address, kind, size):  # type: ignore[no-untyped-def]
+            value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+            value.align = size
+            return value
+
+        def everywhere(value):  # type: ignore[no-untyped-def]
+            one = builder.insert_element(ir.Constant(doubles, ir.Undefined), value, ir.Constant(_I32, 0))
+            return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, _ROWS), [0] * _ROWS))
+
+        scale = load(rows, doubles, 8)
+        zero_point = load(builder.add(rows, stride), doubles, 8)
+        bias = load(builder.add(builder.add(rows, stride), stride), doubles, 8)
+        value = builder.fpext(load(dots, floats, 4), doubles)
+        value = builder.fsub(value, builder.fmul(zero_point, everywhere(total)))
+        value = builder.fadd(builder.fmul(value, builder.fmul(scale, everywhere(step))), bias)
+        builder.store(builder.fptrunc(value, floats), builder.inttoptr(out, floats.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3, types.float64, types.float64, types.int64), generate
+
+
+_INT16, _BYTES_AND_INT16 = ("int8 int16",), ("int8 uint8", "int8 int16")
+_FLOATS_BY_CODES, _FLOATS_BY_HALVES = ("int8 float",), ("half float",)
+_WIDE, _WIDEST = (_LANES * _in_a_lane(kind, _LANES) for kind in ("int8 int16", "int8 uint8"))  # k of one step
+_int_4t, _int_42, _int_41 = (_tile(_INT16, _ROWS, tokens, _LANES) for tokens in (_TOKENS, 2, 1))
+_int_11, _int_tail = (_tile(_INT16, 1, 1, lanes) for lanes in (_LANES, 1))
+_byte_4t, _byte_42, _byte_41 = (_tile(_BYTES_AND_INT16, _ROWS, tokens, _LANES) for tokens in (_TOKENS, 2, 1))
+_byte_11, _byte_tail = (_tile(_BYTES_AND_INT16, 1, 1, lanes) for lanes in (_LANES, 1))
+_code_41, _code_11 = (_tile(_FLOATS_BY_CODES, rows, 1, _LANES) for rows in (_ROWS, 1))
+_code_tail = _tile(_FLOATS_BY_CODES, 1, 1, 1)
 if HALF:
-    _half_4t, _half_41 = _tile("half float", _ROWS, _TOKENS, _LANES), _tile("half float", _ROWS, 1, _LANES)
-    _half_11, _half_tail = _tile("half float", 1, 1, _LANES), _tile("half float", 1, 1, 1)
+    _half_4t, _half_41 = (_tile(_FLOATS_BY_HALVES, _ROWS, tokens, _LANES) for tokens in (_TOKENS, 1))
+    _half_11, _half_tail = (_tile(_FLOATS_BY_HALVES, 1, 1, lanes) for lanes in (_LANES, 1))
 
 # ---------------------------------------------------------------- compiling
 
@@ -276,8 +382,13 @@ _worker = _compile(numba.cfunc, types.void(types.voidptr))
     _SUMS,  # of the rows of x, or of their codes: float64 [2 M]
     _CODES,  # of x: int16 [2 M, K]; rows M to 2 M are second planes
     _STEPS,  # the scale of each row of codes: float32 [2 M]; a second plane of 0 is not there, a first of -1
-    _SLOTS,  # has no codes (NaN, infinite or tiny values) and is computed in floats
-) = range(19)
+    # has no codes (NaN, infinite or tiny values) and is computed in floats
+    _FEW,  # how many columns of x are outliers, where the others are int8; 0: all codes are int16
+    _COLUMNS,  # which: int64 [FEW]; `_CODES` is of them alone, [M, FEW], then
+    _BYTES,  # the codes of the others, 128 added: uint8 [M + 1, K], 128 for outliers; the last row is all ones
+    _PEAKS,  # the bits of the largest |x| of each column: int32 [K]
+    _SLOTS,
+) = range(23)
 
 
 @_inline
@@ -301,14 +412,20 @@ def _write(address, index, value, dtype):  # type: ignore[no-untyped-def]
 
 
 @_inline
+def _widen_row(halves, count, floats):  # type: ignore[no-untyped-def]
+    """bfloat16 to float32."""
+    source, target = _uint16_at(halves), _int32_at(floats)
+    for i in range(count):
+        target[i] = np.int32(np.int32(source[i]) << np.int32(16))
+
+
+@_inline
 def _widen(a, token):  # type: ignore[no-untyped-def]
     """Row `token` of x in float32: the address of it."""
     k = a[_K]
     floats = a[_FLOATS] + 4 * k * token
     if a[_DTYPE] != FLOAT32:
-        source, target = _uint16_at(a[_X] + 2 * k * token), _int32_at(floats)
-        for i in range(k):
-            target[i] = np.int32(np.int32(source[i]) << np.int32(16))
+        _widen_row(a[_X] + 2 * k * token, k, floats)
     return floats
 
 
@@ -408,8 +525,7 @@ def _zero(sums, count):  # type: ignore[no-untyped-def]
 
 @_inline
 def _integer_dots(rows, tokens, w, x, k, sums):  # type: ignore[no-untyped-def]
-    """sums[r, t] = w[r] . x[t], int8 by int16, `_LONGEST` products at a time."""
-    _zero(sums, rows * tokens)
+    """sums[t, r] += w[r] . x[t], int8 by int16, `_LONGEST` products at a time."""
     begin = 0
     while begin < k:
         length = min(_LONGEST, k - begin)
@@ -427,11 +543,11 @@ def _integer_dots(rows, tokens, w, x, k, sums):  # type: ignore[no-untyped-def]
         if done < begin:
             for r in range(rows):
                 for t in range(tokens):
-                    place = sums + 4 * (r * tokens + t)
+                    place = sums + 4 * (t * rows + r)
                     _int_tail(w + done + k * r, 0, x + 2 * (done + k * t), 0, begin - done, place)
 
 
-@_inline
+@_compile(numba.njit, fastmath={"reassoc", "contract"})
 def _plain_dot(w, x, k, zero_point):  # type: ignore[no-untyped-def]
     """One dot product as float arithmetic has it, NaN and infinity included."""
     codes, values = _int8_at(w), _float_at(x)
@@ -453,7 +569,8 @@ def _finish(a, row, token, total):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _finish_integers(a, first, rows, token, tokens, sums, extra):  # type: ignore[no-untyped-def]
+def _finish_dots(a, first, rows, t, sums, extra):  # type: ignore[no-untyped-def]
+    """`_finish` for some rows and one token, which may have a second plane, or no codes at all."""
     k, m = a[_K], a[_M]
     steps, totals, dots = _float_at(a[_STEPS]), _double_at(a[_SUMS]), _float_at(sums)
     for r in range(rows):
@@ -461,45 +578,236 @@ def _finish_integers(a, first, rows, token, tokens, sums, extra):  # type: ignor
         zero_point = np.int64(0)
         if a[_ZERO_POINT] != 0:
             zero_point = np.int64(_int8_at(a[_ZERO_POINT])[row])
-        for i in range(tokens):
-            t = token + i
-            step = steps[t]
-            if step < np.float32(0.0):
-                total = _plain_dot(a[_WEIGHT] + k * row, a[_FLOATS] + 4 * k * t, k, zero_point)
-            else:
-                total = (np.float64(dots[r * tokens + i]) - zero_point * totals[t]) * np.float64(step)
-                if steps[m + t] > np.float32(0.0):
-                    _integer_dots(1, 1, a[_WEIGHT] + k * row, a[_CODES] + 2 * k * (m + t), k, extra)
-                    left = np.float64(_float_at(extra)[0]) - zero_point * totals[m + t]
-                    total += left * np.float64(steps[m + t])
-            _finish(a, row, t, total)
+        if steps[t] < np.float32(0.0):
+            total = _plain_dot(a[_WEIGHT] + k * row, a[_FLOATS] + 4 * k * t, k, zero_point)
+        else:
+            total = (np.float64(dots[r]) - zero_point * totals[t]) * np.float64(steps[t])
+            if steps[m + t] > np.float32(0.0):
+                _zero(extra, 1)
+                _integer_dots(1, 1, a[_WEIGHT] + k * row, a[_CODES] + 2 * k * (m + t), k, extra)
+                left = np.float64(_float_at(extra)[0]) - zero_point * totals[m + t]
+                total += left * np.float64(steps[m + t])
+        _finish(a, row, t, total)
+
+
+@_inline
+def _tell_rows(a, first, last, rows):  # type: ignore[no-untyped-def]
+    """Scale, zero-point and bias of some rows of the weight as float64 [3, chunk], for `_finish_tile`."""
+    told, chunk = _double_at(rows), a[_CHUNK]
+    for row in range(first, last):
+        place = row - first
+        told[place] = np.float64(_float_at(a[_SCALE])[row])
+        told[chunk + place] = 0.0 if a[_ZERO_POINT] == 0 else np.float64(_int8_at(a[_ZERO_POINT])[row])
+        told[2 * chunk + place] = 0.0 if a[_BIAS] == 0 else np.float64(_read(a[_BIAS], row, a[_BIAS_DTYPE]))
+
+
+@_inline
+def _finish_tile(a, row, token, dots, total, step, rows):  # type: ignore[no-untyped-def]
+    """`_finish` for `_ROWS` rows and one token that has nothing special."""
+    place = token * a[_N] + row
+    if a[_DTYPE] == FLOAT32:
+        _scale_dots(dots, rows, 8 * a[_CHUNK], total, step, a[_OUT] + 4 * place)
+    else:
+        _scale_dots(dots, rows, 8 * a[_CHUNK], total, step, dots)
+        for r in range(_ROWS):
+            _write(a[_OUT], place + r, _float_at(dots)[r], BFLOAT16)
+
+
+@_inline
+def _raise_peaks(peaks, bits, count):  # type: ignore[no-untyped-def]
+    """peaks = max(peaks, bits of |x|), where x is a number."""
+    source, target = _int32_at(bits), _int32_at(peaks)
+    for i in range(count):
+        size = np.int32(source[i] & np.int32(0x7FFFFFFF))
+        target[i] = max(target[i], size if size < np.int32(0x7F800000) else np.int32(0))
 
 
 @_worker
-def _int16_worker(work):  # type: ignore[no-untyped-def]
+def _peaks_worker(work):  # type: ignore[no-untyped-def]
     a = numba.carray(work, (_SLOTS,), np.int64)
-    n, k, m, chunk = a[_N], a[_K], a[_M], a[_CHUNK]
-    scratch = np.empty(_ROWS * _TOKENS + 1, np.float32)
-    sums = scratch.ctypes.data
-    extra = sums + 4 * _ROWS * _TOKENS
+    k, m, chunk = a[_K], a[_M], a[_CHUNK]
+    wide = np.empty(chunk, np.int32)
     counter = a.ctypes.data + 8 * _COUNTER
     while True:
         first = _next(counter) * chunk
-        if first >= n:
+        if first >= k:
             return
+        count = min(chunk, k - first)
+        _zero(a[_PEAKS] + 4 * first, count)
+        for token in range(m):
+            bits = a[_X] + 4 * (token * k + first)
+            if a[_DTYPE] != FLOAT32:
+                bits = wide.ctypes.data
+                _widen_row(a[_X] + 2 * (token * k + first), count, bits)
+            _raise_peaks(a[_PEAKS] + 4 * first, bits, count)
+
+
+@_inline
+def _choose_columns(peaks, few, columns):  # type: ignore[no-untyped-def]
+    """The `few` columns with the largest peaks, in their order."""
+    threshold = np.partition(peaks, peaks.size - few)[peaks.size - few]
+    ties = few
+    for i in range(peaks.size):
+        ties -= peaks[i] > threshold
+    place = 0
+    for i in range(peaks.size):
+        if peaks[i] == threshold:
+            ties -= 1
+        if peaks[i] > threshold or (peaks[i] == threshold and ties >= 0):
+            columns[place] = i
+            place += 1
+
+
+@_inline
+def _quantize_bytes(values, k, codes, inverse):  # type: ignore[no-untyped-def]
+    """codes = round(values * inverse) + 128; the sum of the codes without the 128."""
+    source, target = _float_at(values), _uint8_at(codes)
+    total = np.int32(0)
+    for i in range(k):
+        code = np.int32(np.rint(source[i] * inverse))
+        target[i] = np.uint8(code + np.int32(128))
+        total += code
+    return total
+
+
+@_inline
+def _prepare_bytes(a, token, scratch):  # type: ignore[no-untyped-def]
+    """One step for all codes of a token: int8 ones but for the outlier columns, whose codes have 16 bits."""
+    k, few = a[_K], a[_FEW]
+    values = _widen(a, token)
+    steps, sums = _float_at(a[_STEPS]), _double_at(a[_SUMS])
+    source, rest = _float_at(values), _float_at(scratch)
+    columns, outliers = _int64_at(a[_COLUMNS]), _int16_at(a[_CODES] + 2 * few * token)
+    for i in range(k):
+        rest[i] = source[i]
+    most = np.float32(0.0)
+    for i in range(few):
+        value = abs(source[columns[i]])
+        most = value if value > most or value != value else most
+        rest[columns[i]] = np.float32(0.0)
+    bits, _ = _size(scratch, k)
+    largest = _bits_to_float(bits)
+    step = max(largest / np.float32(127.0), most / np.float32(LARGEST))
+    steps[token] = np.float32(-1.0)
+    if most != most or not np.isfinite(step) or (step < np.float32(1e-27) and step > np.float32(0.0)):
+        return
+    if largest > np.float32(0.0) and step * np.float32(63.0) > largest:
+        return  # outliers so large that the rest would be left with less than 7 bits
+    steps[token] = step
+    inverse = np.float32(0.0) if step == np.float32(0.0) else np.float32(1.0) / step
+    total = np.int64(0)
+    for i in range(few):
+        code = np.int32(np.rint(source[columns[i]] * inverse))
+        outliers[i] = np.int16(code)
+        total += code
+    sums[token] = np.float64(total + _quantize_bytes(scratch, k, a[_BYTES] + k * token, inverse))
+
+
+@_worker
+def _bytes_worker(work):  # type: ignore[no-untyped-def]
+    a = numba.carray(work, (_SLOTS,), np.int64)
+    scratch = np.empty(a[_K], np.float32)
+    counter = a.ctypes.data + 8 * _PREPARED
+    while True:
+        token = _next(counter)
+        if token >= a[_M]:
+            return
+        _prepare_bytes(a, token, scratch.ctypes.data)
+
+
+@_inline
+def _byte_dots(rows, tokens, w, x, k, few_w, few_x, few, sums):  # type: ignore[no-untyped-def]
+    """sums[t, r] += w[r] . x[t], int8 by uint8, and of the outlier columns, a multiple of `_WIDE`, by int16."""
+    steps, more = k // _WIDEST, few // _WIDE
+    if rows == 1:
+        _byte_11(w, k, x, k, steps, few_w, few, few_x, 2 * few, more, sums)
+    elif tokens == _TOKENS:
+        _byte_4t(w, k, x, k, steps, few_w, few, few_x, 2 * few, more, sums)
+    elif tokens == 2:
+        _byte_42(w, k, x, k, steps, few_w, few, few_x, 2 * few, more, sums)
+    else:
+        _byte_41(w, k, x, k, steps, few_w, few, few_x, 2 * few, more, sums)
+    done = steps * _WIDEST
+    if done < k:
+        for r in range(rows):
+            for t in range(tokens):
+                place = sums + 4 * (t * rows + r)
+                _byte_tail(w + done + k * r, 0, x + done + k * t, 0, k - done, 0, 0, 0, 0, 0, place)
+
+
+@_inline
+def _gather(a, first, last, few_weights, offsets):  # type: ignore[no-untyped-def]
+    """The outlier columns of some rows of the weight; and what the 128 added to the codes of x make of each row."""
+    k, few, columns = a[_K], a[_FEW], _int64_at(a[_COLUMNS])
+    _zero(offsets, last - first)
+    for row in range(first, last):
+        codes, target = _int8_at(a[_WEIGHT] + k * row), _int8_at(few_weights + few * (row - first))
+        for i in range(few):
+            target[i] = codes[columns[i]]
+        offset = offsets + 4 * (row - first)
+        _byte_dots(1, 1, a[_WEIGHT] + k * row, a[_BYTES] + k * a[_M], k, 0, 0, 0, offset)
+        _float_at(offset)[0] *= np.float32(-128.0)
+
+
+@_inline
+def _tile_dots(a, rows, tokens, row, token, few_weights, offset, sums):  # type: ignore[no-untyped-def]
+    """sums[t, r] = w[row + r] . x[token + t], by the codes of x; `few_weights` and `offset` are from `_gather`."""
+    k, few, w = a[_K], a[_FEW], a[_WEIGHT] + a[_K] * row
+    if few == 0:
+        _zero(sums, rows * tokens)
+        _integer_dots(rows, tokens, w, a[_CODES] + 2 * k * token, k, sums)
+        return
+    target, source = _float_at(sums), _float_at(offset)
+    for t in range(tokens):
+        for r in range(rows):
+            target[t * rows + r] = source[r]
+    x, few_x = a[_BYTES] + k * token, a[_CODES] + 2 * few * token
+    _byte_dots(rows, tokens, w, x, k, few_weights, few_x, few, sums)
+
+
+@_worker
+def _integer_worker(work):  # type: ignore[no-untyped-def]
+    """int8 codes by the codes of x: int16 ones, or int8 ones with the few outlier columns as int16."""
+    a = numba.carray(work, (_SLOTS,), np.int64)
+    n, k, m, chunk, few = a[_N], a[_K], a[_M], a[_CHUNK], a[_FEW]
+    floats, doubles = np.empty(chunk + _ROWS * _TOKENS + 1, np.float32), np.empty(3 * chunk)
+    gathered = np.empty(chunk * few, np.int8)
+    offsets, told, few_weights = floats.ctypes.data, doubles.ctypes.data, gathered.ctypes.data
+    sums = offsets + 4 * chunk
+    extra = sums + 4 * _ROWS * _TOKENS
+    steps, totals = _float_at(a[_STEPS]), _double_at(a[_SUMS])
+    counter = a.ctypes.data + 8 * _COUNTER
+    following = _next(counter) * chunk
+    while following < n:
+        first, following = following, _next(counter) * chunk
         last = min(first + chunk, n)
         whole = first + (last - first) // _ROWS * _ROWS
+        # a share of the next chunk is fetched from memory beside each tile of x
+        wanted, wanted_end = a[_WEIGHT] + k * following, a[_WEIGHT] + k * min(following + chunk, n)
+        share = (k * chunk * _TOKENS // m + 63) // 64 * 64
+        _tell_rows(a, first, last, told)
+        if few != 0:
+            _gather(a, first, last, few_weights, offsets)
         token = 0
         while token < m:  # a tile's rows of x stay in the nearest cache while the chunk passes by
             tokens = _TOKENS if m - token >= _TOKENS else 2 if m - token >= 2 else 1
-            x = a[_CODES] + 2 * k * token
+            for line in range(wanted, min(wanted + share, wanted_end), 64):
+                _prefetch(line)
+            wanted += share
             for row in range(first, whole, _ROWS):
-                _integer_dots(_ROWS, tokens, a[_WEIGHT] + k * row, x, k, sums)
-                _finish_integers(a, row, _ROWS, token, tokens, sums, extra)
-            for row in range(whole, last):
+                place = row - first
+                _tile_dots(a, _ROWS, tokens, row, token, few_weights + few * place, offsets + 4 * place, sums)
                 for i in range(tokens):
-                    _integer_dots(1, 1, a[_WEIGHT] + k * row, x + 2 * k * i, k, sums)
-                    _finish_integers(a, row, 1, token + i, 1, sums, extra)
+                    t, dots = token + i, sums + 4 * _ROWS * i
+                    if steps[t] >= np.float32(0.0) and steps[m + t] == np.float32(0.0):
+                        _finish_tile(a, row, t, dots, totals[t], np.float64(steps[t]), told + 8 * place)
+                    else:
+                        _finish_dots(a, row, _ROWS, t, dots, extra)
+            for row in range(whole, last):
+                place = row - first
+                for t in range(token, token + tokens):
+                    _tile_dots(a, 1, 1, row, t, few_weights + few * place, offsets + 4 * place, sums)
+                    _finish_dots(a, row, 1, t, sums, extra)
             token += tokens
 
 
@@ -578,7 +886,7 @@ if HALF:
                         _half_41(w, 2 * k, x, 4 * k, steps, sums)
                     for r in range(rows):
                         for i in range(tokens):
-                            place = r * tokens + i
+                            place = i * rows + r
                             if done < k:
                                 at_w, at_x = w + 2 * (k * r + done), x + 4 * (k * i + done)
                                 _half_tail(at_w, 0, at_x, 0, k - done, sums + 4 * place)
@@ -604,63 +912,6 @@ def _expand_worker(work):  # type: ignore[no-untyped-def]
                 zero_point = np.int32(_int8_at(a[_ZERO_POINT])[row])
             for i in range(k):
                 out[i] = np.float32(np.int32(np.int32(codes[i]) - zero_point)) * scale
-
-
-@_worker
-def _tokens_worker(work):  # type: ignore[no-untyped-def]
-    """Rows of float32 to int8 codes with a scale and the sum of the codes each."""
-    a = numba.carray(work, (_SLOTS,), np.int64)
-    k, m = a[_K], a[_M]
-    steps, sums = _float_at(a[_STEPS]), _double_at(a[_SUMS])
-    counter = a.ctypes.data + 8 * _PREPARED
-    while True:
-        token = _next(counter)
-        if token >= m:
-            return
-        values, codes = _float_at(a[_FLOATS] + 4 * k * token), _int8_at(a[_CODES] + k * token)
-        bits, _ = _size(a[_FLOATS] + 4 * k * token, k)
-        largest = _bits_to_float(bits)
-        step = largest / np.float32(127.0)
-        steps[token] = step
-        inverse = np.float32(0.0)
-        if largest >= np.float32(1e-30) and bits < 0x7F800000:
-            inverse = np.float32(1.0) / step
-        total = np.int32(0)
-        if bits < 0x7F800000:
-            for i in range(k):
-                code = np.int32(np.rint(values[i] * inverse))
-                codes[i] = np.int8(code)
-                total += code
-        else:  # NaN or infinite: so is the step, and the result of this token
-            for i in range(k):
-                codes[i] = np.int8(0)
-        sums[token] = np.float64(total)
-
-
-@_worker
-def _scaled_worker(work):  # type: ignore[no-untyped-def]
-    """out[token, row] += (products - zero_point * sum of the token's codes) * scale * step + bias."""
-    a = numba.carray(work, (_SLOTS,), np.int64)
-    n, m = a[_N], a[_M]
-    steps, sums, scale = _float_at(a[_STEPS]), _double_at(a[_SUMS]), _float_at(a[_SCALE])
-    zero_points, bias = _int8_at(a[_ZERO_POINT]), _float_at(a[_BIAS])
-    counter = a.ctypes.data + 8 * _COUNTER
-    while True:
-        token = _next(counter)
-        if token >= m:
-            return
-        products, out = _int32_at(a[_WEIGHT] + 4 * n * token), _float_at(a[_OUT] + 4 * n * token)
-        step, total = steps[token], np.int32(sums[token])
-        if a[_ZERO_POINT] != 0:
-            for row in range(n):
-                corrected = np.int32(products[row] - np.int32(np.int32(zero_points[row]) * total))
-                out[row] += np.float32(corrected) * (scale[row] * step)
-        else:
-            for row in range(n):
-                out[row] += np.float32(products[row]) * (scale[row] * step)
-        if a[_BIAS] != 0:
-            for row in range(n):
-                out[row] += bias[row]
 
 
 _MOST_KEY, _LEAST_KEY = 0x7F800000, -0x7F800001  # of the two infinities, see _ordered
@@ -748,7 +999,7 @@ def _chunk(n, row_bytes, threads):  # type: ignore[no-untyped-def]
 @_inline
 def _begin(n, k, m, weight, scale, zero_point, bias, bias_dtype, x, dtype, out):  # type: ignore[no-untyped-def]
     a = np.empty(_SLOTS, np.int64)
-    a[_COUNTER], a[_PREPARED], a[_N], a[_K], a[_M] = 0, 0, n, k, m
+    a[_COUNTER], a[_PREPARED], a[_N], a[_K], a[_M], a[_FEW] = 0, 0, n, k, m, 0
     a[_WEIGHT], a[_SCALE], a[_ZERO_POINT] = weight, scale, zero_point
     a[_BIAS], a[_BIAS_DTYPE], a[_X], a[_DTYPE], a[_OUT] = bias, bias_dtype, x, dtype, out
     return a
@@ -805,20 +1056,45 @@ def expand(launcher, worker, threads, n, k, weight, scale, zero_point, out):  # 
     _run(launcher, worker, a, threads)
 
 
-@_compile(numba.njit, types.void(*[types.int64] * 9))
-def quantize_tokens(launcher, worker, threads, k, m, values, codes, steps, sums):  # type: ignore[no-untyped-def]
-    a = _begin(0, k, m, 0, 0, 0, 0, 0, 0, 0, 0)
-    a[_FLOATS], a[_CODES], a[_STEPS], a[_SUMS] = values, codes, steps, sums
-    _run(launcher, worker, a, threads if m * k > _LITTLE else 1)
-
-
-@_compile(numba.njit, types.void(*[types.int64] * 12))
-def add_scaled(  # type: ignore[no-untyped-def]
-    launcher, worker, threads, n, m, products, scale, zero_point, bias, steps, sums, out
+@_compile(numba.njit, types.void(*[types.int64] * 17))
+def linear_int8(  # type: ignore[no-untyped-def]
+    launcher,
+    peaks_worker,
+    prepare,
+    worker,
+    few,
+    threads,
+    n,
+    k,
+    m,
+    weight,
+    scale,
+    zero_point,
+    bias,
+    bias_dtype,
+    x,
+    dtype,
+    out,
 ):
-    a = _begin(n, 0, m, products, scale, zero_point, bias, 0, 0, 0, out)
-    a[_STEPS], a[_SUMS] = steps, sums
-    _run(launcher, worker, a, threads if m * n > _LITTLE else 1)
+    a = _begin(n, k, m, weight, scale, zero_point, bias, bias_dtype, x, dtype, out)
+    several = threads if m * k > _LITTLE else 1
+    peaks, columns = np.empty(k, np.int32), np.empty(few, np.int64)
+    a[_PEAKS], a[_CHUNK] = peaks.ctypes.data, 256
+    _run(launcher, peaks_worker, a, several)
+    _choose_columns(peaks, few, columns)
+    outliers, codes = np.empty(m * few, np.int16), np.empty((m + 1) * k, np.uint8)
+    codes[m * k :] = np.uint8(1)
+    steps, sums = np.zeros(2 * m, np.float32), np.empty(2 * m, np.float64)
+    floats = np.empty(m * k if dtype != FLOAT32 else 0, np.float32)
+    a[_FEW], a[_COLUMNS] = few, columns.ctypes.data
+    a[_CODES], a[_BYTES] = outliers.ctypes.data, codes.ctypes.data
+    a[_STEPS], a[_SUMS] = steps.ctypes.data, sums.ctypes.data
+    a[_FLOATS] = floats.ctypes.data if dtype != FLOAT32 else x
+    _run(launcher, prepare, a, several)
+    a[_COUNTER], a[_CHUNK] = 0, _chunk(n, k, threads)
+    _run(launcher, worker, a, threads)
+    # read after the threads are done, so that the arrays live as long
+    a[_COUNTER] = columns.size + outliers.size + codes.size + steps.size + sums.size + floats.size
 
 
 @_compile(numba.njit, types.void(*[types.int64] * 9))
@@ -830,16 +1106,16 @@ def encode(launcher, worker, threads, n, k, weight, codes, scale, zero_point):  
     _run(launcher, worker, a, threads)
 
 
-PREPARE, INT16, FLOAT, EXPAND, TOKENS, SCALED, ENCODE = (
+PREPARE, INTEGERS, FLOAT, EXPAND, ENCODE, PEAKS, PREPARE_BYTES = (
     worker.address
     for worker in (
         _prepare,
-        _int16_worker,
+        _integer_worker,
         _float_worker,
         _expand_worker,
-        _tokens_worker,
-        _scaled_worker,
         _encode_worker,
+        _peaks_worker,
+        _bytes_worker,
     )
 )
 HALVES = _half_worker.address if HALF else 0

@@ -2,7 +2,7 @@
 
 `float`: int8 codes (one token) or float16 weights, multiplied in float32 as they stream by.
 `int16`: int8 codes by the tokens' values as int16 codes of their own, with a scale for each token.
-Also what int8 activations need before and after the integer product of torch.
+`int8`: the same with int8 codes, but for a few columns of outliers.
 """
 
 import ctypes
@@ -141,6 +141,12 @@ def has_integer_units() -> bool:
     return compiled is not None and compiled.X86 and compiled.VECTOR_BYTES >= 32
 
 
+def multiplies_bytes() -> bool:
+    """Whether the processor sums int8 by uint8 products in fours (VNNI)."""
+    compiled = load()
+    return compiled is not None and compiled.BYTE_UNITS
+
+
 def converts_halves() -> bool:
     """Whether the processor turns float16 into float32 by itself."""
     compiled = load()
@@ -165,9 +171,15 @@ def _enter(entry: Callable[..., None], *args: int) -> None:
 
 
 def linear(
-    way: str, x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+    way: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    outlier_columns: int = 0,
 ) -> Tensor:
-    """`x Wᵀ + b` by the way "float" or "int16". No gradient; a weight [N, K] without gaps, on the CPU."""
+    """`x Wᵀ + b` by the way "float", "int16" or "int8". No gradient; a weight [N, K] without gaps, on the CPU."""
     compiled = _runtime.compiled
     assert compiled is not None, "choice.py asks for a compiled way only where load() gave one"
     given = x.dtype
@@ -204,11 +216,15 @@ def linear(
         1 if x.dtype is torch.bfloat16 else 0,
         out.data_ptr(),
     )
+    launcher = _runtime.launcher
     if way == "int16":
-        _enter(compiled.linear_int16, _runtime.launcher, compiled.PREPARE, compiled.INT16, *args)
+        _enter(compiled.linear_int16, launcher, compiled.PREPARE, compiled.INTEGERS, *args)
+    elif way == "int8":
+        workers = (compiled.PEAKS, compiled.PREPARE_BYTES, compiled.INTEGERS)
+        _enter(compiled.linear_int8, launcher, *workers, outlier_columns, *args)
     else:
         worker = compiled.HALVES if scale is None else compiled.FLOAT
-        _enter(compiled.linear_float, _runtime.launcher, worker, *args)
+        _enter(compiled.linear_float, launcher, worker, *args)
     return out.to(given) if given is torch.float16 else out
 
 
@@ -230,64 +246,6 @@ def expand(weight: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor
         out.data_ptr(),
     )
     return out
-
-
-def quantize_tokens(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 [M, K], steps float32 [M] and sums of the codes float64 [M] of float32 `values` without gaps."""
-    compiled = _runtime.compiled
-    assert compiled is not None, "only called where load() gave the kernels"
-    m, k = values.shape
-    codes = torch.empty(m, k, dtype=torch.int8)
-    steps = torch.empty(m, dtype=torch.float32)
-    sums = torch.empty(m, dtype=torch.float64)
-    _enter(
-        compiled.quantize_tokens,
-        _runtime.launcher,
-        compiled.TOKENS,
-        _threads(),
-        k,
-        m,
-        values.data_ptr(),
-        codes.data_ptr(),
-        steps.data_ptr(),
-        sums.data_ptr(),
-    )
-    return codes, steps, sums
-
-
-def add_scaled(
-    products: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    steps: Tensor,
-    sums: Tensor,
-    out: Tensor,
-) -> None:
-    """`out += (products - zero_point * sums) * scale * steps + bias`: int32 `products` and float32 `out` [M, N]."""
-    compiled = _runtime.compiled
-    assert compiled is not None, "only called where load() gave the kernels"
-    m, n = products.shape
-    scale = scale.float().contiguous()
-    if zero_point is not None:
-        zero_point = zero_point.to(torch.int8).contiguous()
-    if bias is not None:
-        bias = bias.float().contiguous()
-    _enter(
-        compiled.add_scaled,
-        _runtime.launcher,
-        compiled.SCALED,
-        _threads(),
-        n,
-        m,
-        products.data_ptr(),
-        scale.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        steps.data_ptr(),
-        sums.data_ptr(),
-        out.data_ptr(),
-    )
 
 
 def encode(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:

@@ -1,11 +1,13 @@
 """int8 weights by int8 activations: x is rounded to int8 while the layer runs, with a scale for each token.
 
-A few input columns with the largest values stay out of it and are multiplied in float, as in LLM.int8() (Dettmers et
-al. 2022, section 3.2); there they are those past a threshold, here a fixed share of the columns, so that every shape
-is known beforehand and nothing waits for a device to count them. The integers go to `torch._int_mm`, which is oneDNN's
-on a CPU and cuBLAS's on CUDA.
+A few input columns with the largest values stay out of it, as in LLM.int8() (Dettmers et al. 2022, section 3.2); there
+they are those past a threshold, here a fixed share of the columns, so that every shape is known beforehand and nothing
+waits for a device to count them. A CPU with VNNI multiplies by a kernel of ours, which gives the outliers codes of 16
+bits; elsewhere they are multiplied in float and the rest by `torch._int_mm`, which is oneDNN's on a CPU and cuBLAS's on
+CUDA.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,19 +24,27 @@ FEWEST_TOKENS = 17
 
 
 def outlier_columns(k: int) -> int:
-    """How many of `k` input columns are multiplied in float: one in 32, and 16 at least.
+    """How many of `k` input columns are no int8: one in 32, in whole vectors of 32.
 
     What it costs SmolLM2 (k = 576 and 1536) in perplexity is a row of `examples/benchmark.py --text-file`.
     """
-    return min(k, max(16, k // 32))
+    return min(k, max(32, k // 1024 * 32))
+
+
+def _torch_has(*units: str) -> bool:
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.backends.mkldnn.is_available() and any(capabilities.get(unit) for unit in units)
 
 
 def has_units() -> bool:
-    """Whether this CPU multiplies int8 in hardware, and torch has the library that uses it."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.backends.mkldnn.is_available() and bool(
-        capabilities.get("avx512_vnni") or capabilities.get("amx_int8")
-    )
+    """Whether this CPU multiplies int8 in hardware, and our kernel or torch uses it."""
+    return cpu.multiplies_bytes() or _torch_has("avx512_vnni", "amx_int8")
+
+
+@lru_cache(maxsize=64)
+def by_kernel(k: int) -> bool:
+    """Whether a CPU computes it by the compiled kernel: not where it has matrix units (AMX), which oneDNN uses."""
+    return cpu.multiplies_bytes() and not _torch_has("amx_int8") and outlier_columns(k) % 32 == 0
 
 
 def forward(
@@ -48,24 +58,22 @@ def forward(
         bias: [N] floating, or None.
     """
     n, k = weight.shape
+    columns = outlier_columns(k)
+    if x.is_cpu and is_plain(x, weight) and by_kernel(k):
+        return cpu.linear("int8", x, weight.contiguous(), scale, zero_point, bias, columns)
     with portable.without_autocast(x.device):
         values = x.reshape(-1, k).float()
-        columns = values.abs().nan_to_num(0.0, 0.0, 0.0).amax(0).topk(outlier_columns(k)).indices
-        few = weight.index_select(1, columns)
-        out = values.index_select(1, columns) @ portable.expand(few, scale, zero_point).t()
-        values = values.index_fill(1, columns, 0.0)
-        if x.is_cpu and is_plain(x, weight) and cpu.load() is not None:
-            codes, steps, sums = cpu.quantize_tokens(values)
-            cpu.add_scaled(torch._int_mm(codes, weight.t()), scale, zero_point, bias, steps, sums, out)
-        else:
-            out = _add_scaled(out, values, weight, scale, zero_point, bias)
+        outliers = values.abs().nan_to_num(0.0, 0.0, 0.0).amax(0).topk(columns).indices
+        few = portable.expand(weight.index_select(1, outliers), scale, zero_point)
+        out = values.index_select(1, outliers) @ few.t()
+        out = _add_scaled(out, values.index_fill(1, outliers, 0.0), weight, scale, zero_point, bias)
         return out.to(x.dtype).reshape(*x.shape[:-1], n)
 
 
 def _add_scaled(
     out: Tensor, values: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """The integer part in torch's own operations, which a compiler fuses."""
+    """`out` and the integer part, in torch's own operations, which a compiler fuses."""
     steps = values.abs().amax(1, keepdim=True) / LARGEST
     codes = (values / steps.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
     products = torch._int_mm(codes, weight.t()).float()

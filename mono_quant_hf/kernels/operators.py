@@ -6,6 +6,7 @@ The backward is an operator too, so that a compiled backward expands nothing who
 gradient is defined.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,11 +153,14 @@ def _fake_product(x: Tensor, weight: Tensor, inner: int, outer: int) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the codes, not the expanded weight, from forward to backward."""
+    """Keeps the codes, not the expanded weight, from forward to backward. The gradient is that of the dequantized
+    weight, also where the operator rounds x: it passes the rounding as if that were not there.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        operator: Callable[..., Tensor],
         x: Tensor,
         weight: Tensor,
         scale: Tensor | None,
@@ -165,16 +169,16 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         portable.keep(ctx, weight, scale, zero_point, bias)
         with torch._C._AutoDispatchBelowAutograd():
-            return call(x, weight, scale, zero_point, bias)
+            return operator(x, weight, scale, zero_point, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, zero_point = ctx.saved_tensors
-        to_x = call_backward(grad, weight, scale, zero_point) if ctx.needs_input_grad[0] else None
+        to_x = call_backward(grad, weight, scale, zero_point) if ctx.needs_input_grad[1] else None
         to_bias = None
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[5]:
             to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return to_x, None, None, None, to_bias
+        return None, to_x, None, None, None, to_bias
 
 
 class _LinearBackward(torch.autograd.Function):
@@ -201,23 +205,6 @@ def call(
     if scale is None:
         return _ops.linear_fp16.default(x, weight, bias)
     return _ops.linear_int8.default(x, weight, scale, zero_point, bias)
-
-
-class _Int8Activations(_Linear):
-    """The gradient passes the rounding of x as if it were not there: that of the dequantized weight."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        portable.keep(ctx, weight, scale, zero_point, bias)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.linear_int8_activations.default(x, weight, scale, zero_point, bias)
 
 
 def call_int8_activations(
@@ -248,7 +235,7 @@ def _autograd_int8(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     if _wants_grad(x, bias):
-        return _Linear.apply(x, weight, scale, zero_point, bias)
+        return _Linear.apply(call, x, weight, scale, zero_point, bias)
     if x.is_cpu and is_plain(
         x, weight
     ):  # as in compiled code under no_grad: spare the way through the dispatcher
@@ -261,14 +248,14 @@ def _autograd_int8_activations(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     if _wants_grad(x, bias):
-        return _Int8Activations.apply(x, weight, scale, zero_point, bias)
+        return _Linear.apply(_ops.linear_int8_activations.default, x, weight, scale, zero_point, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.linear_int8_activations.default(x, weight, scale, zero_point, bias)
 
 
 def _autograd_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _wants_grad(x, bias):
-        return _Linear.apply(x, weight, None, None, bias)
+        return _Linear.apply(call, x, weight, None, None, bias)
     if x.is_cpu and is_plain(x, weight):
         return compute(x, weight, None, None, bias)
     with torch._C._AutoDispatchBelowAutograd():

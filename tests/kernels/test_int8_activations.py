@@ -57,7 +57,7 @@ def test_the_torch_operations_give_the_same(monkeypatch):
     compiled = linear(x, weight, scale, zero_point, bias, "int8")
     monkeypatch.setattr("mono_quant_hf.kernels.cpu.load", lambda: None)
     plain = linear(x, weight, scale, zero_point, bias, "int8")
-    assert sqnr(plain.double(), compiled.double()) > 60
+    assert sqnr(plain.double(), compiled.double()) > 50  # outliers in float there, in 16 bits here
 
 
 def test_a_transposed_weight():
@@ -89,6 +89,18 @@ def test_a_token_of_nothing_but_nan_takes_no_outlier_columns_from_the_others():
     assert result[7].isnan().all()
     others = torch.arange(40) != 7
     assert sqnr(exact(x[others], weight, scale, zero_point), result[others].double()) > 60
+
+
+def test_a_token_with_a_monstrous_outlier_keeps_the_rest_of_its_values():
+    weight, scale, zero_point = codes(96, 640)
+    weight[:, 77] = zero_point[:, 0]  # a product that ignores the outlier, as those of language models do
+    x = torch.randn(40, 640)
+    x[0, 77] = 25000.0
+    result = linear(x, weight, scale, zero_point, activations="int8")
+    by_token = [
+        sqnr(*pair) for pair in zip(exact(x, weight, scale, zero_point), result.double(), strict=True)
+    ]
+    assert min(by_token) > 30
 
 
 def test_zeros_stay_zeros():
