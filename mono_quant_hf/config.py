@@ -218,9 +218,8 @@ def _checksums(name: str, value: Any) -> str | None:
     if value is None:
         return None
     try:
-        valid = (
-            isinstance(value, str) and not len(base64.b64decode(value.removeprefix(XXH3), validate=True)) % 8
-        )
+        parts = value.removeprefix(XXH3).split(":") if isinstance(value, str) else []
+        valid = 1 <= len(parts) <= 2 and not any(len(base64.b64decode(p, validate=True)) % 8 for p in parts)
     except ValueError:
         valid = False
     if not valid:

@@ -12,7 +12,7 @@ EVERY_FIELD = {
     "symmetric": True,
     "activations": "int8",
     "quantize_embeddings": True,
-    "checksums": "AAAAAAAAAAA=",
+    "checksums": "xxh3:AAAAAAAAAAA=:AAAAAAAAAAA=",
     "modules_to_not_convert": ["model.layers.0", "re.*"],
     "module_overrides": {
         "model.*.mlp.*": {"weights": "int8", "symmetric": True, "activations": None},
@@ -84,6 +84,7 @@ def test_from_dict_takes_known_keywords_and_hands_back_the_rest():
             "new_field.*upgrade mono_quant_hf",
         ),
         ({"checksums": "???"}, ValueError, "checksums is no list of checksums"),
+        ({"checksums": "xxh3:AAAAAAAAAAA=:AAAA"}, ValueError, "checksums is no list of checksums"),
         ({"format_version": "1"}, TypeError, "format_version must be an integer"),
     ],
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, apply_converters, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -50,37 +51,49 @@ def _of_name(name: str, hashed: Hash = xxh3) -> int:
 
 
 def checksums_of(model: PreTrainedModel) -> str:
-    """The checksums of what `save_pretrained` will write, also from modules that are offloaded, as base64 text.
+    """The checksums of what `save_pretrained` will write, also from modules that are offloaded, as text."""
+    return checksums_of_tensors(_written_by(model), set(model.state_dict()))
 
-    Tensors that the model's own conversions rename or rearrange on the way to disk are left out.
+
+def checksums_of_tensors(tensors: Iterable[tuple[str, Tensor]], own: Container[str] | None = None) -> str:
+    """The checksums of named tensors: base64, and after a colon those of names that are not the model's `own`.
+
+    `save_pretrained(..., save_original_format=False)` writes the latter otherwise, and does not say that it does.
     """
-    ignored = set(model._keys_to_ignore_on_save or ())
-    reversed_conversions = [c.reverse_transform() for c in getattr(model, "_weight_conversions", None) or ()]
-    tensors = []
-    for name, tensor in remove_tied_weights_from_state_dict(dict(model.state_dict()), model).items():
-        if name in ignored or any(c.rename_source_key(name)[1] is not None for c in reversed_conversions):
-            continue
-        if not isinstance(tensor, Tensor) or type(tensor).__name__ == "DTensor":
-            continue  # extra state, or a shard of a tensor that is gathered later
-        stored = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
-        tensors.append((name, fingerprint(stored)))
-    return _encoded(tensors)
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    for name, tensor in tensors:
+        parts[own is not None and name not in own].append(ENTRY.pack(_of_name(name), fingerprint(tensor)))
+    return XXH3 + ":".join(base64.b64encode(b"".join(sorted(part))).decode() for part in parts).rstrip(":")
 
 
-def checksums_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The checksums of named tensors, as base64 text."""
-    return _encoded((name, fingerprint(tensor)) for name, tensor in tensors)
-
-
-def _encoded(fingerprints: Iterable[tuple[str, int]]) -> str:
-    entries = [ENTRY.pack(_of_name(name), found) for name, found in fingerprints]
-    return XXH3 + base64.b64encode(b"".join(sorted(entries))).decode()
-
-
-def _decoded(checksums: str) -> tuple[dict[int, int], Hash]:
-    """What was recorded, `{hash of the name: hash of the tensor}`, and by which hash."""
+def _decoded(checksums: str) -> tuple[dict[int, int], set[int], Hash]:
+    """`{hash of the name: hash of the tensor}`, which of them the model names otherwise, and by which hash."""
     hashed = xxh3 if checksums.startswith(XXH3) else zlib.crc32  # of the first checkpoints
-    return dict(ENTRY.iter_unpack(base64.b64decode(checksums.removeprefix(XXH3)))), hashed
+    parts = [base64.b64decode(part) for part in checksums.removeprefix(XXH3).split(":")]
+    own, converted = (dict(ENTRY.iter_unpack(part)) for part in (*parts, b"")[:2])
+    return own | converted, set(converted), hashed
+
+
+def _written_by(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """What `save_pretrained` writes, with the model's own conversions undone; what is offloaded, little by little."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = {
+        name: tensor
+        for name, tensor in remove_tied_weights_from_state_dict(dict(model.state_dict()), model).items()
+        # Not extra state, nor a shard of a tensor that is gathered later.
+        if name not in ignored and isinstance(tensor, Tensor) and type(tensor).__name__ != "DTensor"
+    }
+    if not any(tensor.is_meta for tensor in state.values()):
+        yield from revert_weight_conversion(model, state).items()
+        return
+    conversions = [c.reverse_transform() for c in reversed(getattr(model, "_weight_conversions", None) or ())]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    together: dict[str, list[str]] = {}  # what is joined into one tensor on disk
+    for name in state:
+        together.setdefault(apply_converters(name, converters)[0], []).append(name)
+    for names in together.values():
+        loaded = {n: load_offloaded_parameter(model, n) if state[n].is_meta else state[n] for n in names}
+        yield from revert_weight_conversion(model, loaded).items()
 
 
 def check_fingerprints(files: Sequence[str], checksums: str, names: Iterable[str]) -> None:
@@ -89,7 +102,7 @@ def check_fingerprints(files: Sequence[str], checksums: str, names: Iterable[str
     Args:
         files: the safetensors files of the checkpoint.
         checksums: as `checksums_of` made them.
-        names: the names of the model's own tensors, to name one that is missing.
+        names: what the model itself may call its tensors.
 
     Raises:
         ValueError: a tensor is missing, or has changed since it was saved; names the tensor and its file.
@@ -110,7 +123,8 @@ def flaws_by_fingerprint(
         files, checksums, names: as in `check_fingerprints`.
         on_each: called with the name of each tensor when it was compared.
     """
-    recorded, hashed = _decoded(checksums)
+    recorded, converted, hashed = _decoded(checksums)
+    others: set[int] = set()  # without a record
     opened = opener()
     stored = [(file, name) for file in files for name in opened(file).keys()]  # noqa: SIM118
 
@@ -120,7 +134,10 @@ def flaws_by_fingerprint(
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         for (file, name), found in zip(stored, pool.map(compute, stored), strict=True):
-            if recorded.pop(_of_name(name, hashed), found) != found:
+            code = _of_name(name, hashed)
+            if code not in recorded:
+                others.add(code)
+            elif recorded.pop(code) != found:
                 yield Flaw(
                     file,
                     name,
@@ -129,8 +146,11 @@ def flaws_by_fingerprint(
                 )
             if on_each is not None:
                 on_each(name)
+    known = {_of_name(name, hashed): name for name in names}
+    if converted <= recorded.keys() and any(code in known for code in others):
+        # None is there, but what the model makes of them is: it was saved with save_original_format=False.
+        recorded = {code: found for code, found in recorded.items() if code not in converted}
     if recorded:
-        known = {_of_name(name, hashed): name for name in names}
         missing = sorted(known.get(code, "a tensor that this model does not name") for code in recorded)
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         yield Flaw(

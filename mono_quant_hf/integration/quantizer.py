@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedExperts, QuantizedModule, quantized_class_for
+from mono_quant_hf.modules.base import keep_from_initialization
 
 from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
 from .conversions import PassThrough, QuantizeWeights
@@ -104,10 +105,15 @@ class MonoQuantHfQuantizer(HfQuantizer):
         aliases = aliases_of(model)
         self.decisions = decide_by_checkpoint(decisions, stored, aliases)
         make_room(model, self.decisions)
+        for module in model.modules() if self.may_offload else ():
+            if isinstance(module, QuantizedModule):
+                for key in module.storage_names():  # those for the disk stay what they are now
+                    keep_from_initialization(module.get_parameter(key))
         check_stored_tensors(model, stored, aliases)
         checksums = self.quantization_config.checksums
         if stored and checkpoint_files and checksums is not None:
-            check_fingerprints(checkpoint_files, checksums, model.state_dict())
+            names = [alias for name in model.state_dict() for alias in aliases(name)]
+            check_fingerprints(checkpoint_files, checksums, names)
         self._keep_in_fp32_strict = model._keep_in_fp32_modules_strict
         if not self.pre_quantized:
             # The loader casts a weight to the model's dtype before it is quantized, unless the model keeps it in
@@ -185,7 +191,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
             if not self.pre_quantized:
                 missing = [key for key, tensor in tensors.items() if id(tensor) not in loaded]
             else:
-                missing = [key for key, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
+                missing = [
+                    key for key, t in tensors.items() if getattr(t, "_is_hf_initialized", 0) is not True
+                ]
             if missing and len(missing) < len(tensors):
                 raise ValueError(
                     f"{name}.{missing[0]} is missing from the checkpoint; save the quantized model again."

@@ -17,6 +17,16 @@ STORAGE_DTYPES = {"int8": torch.int8, "float16": torch.float16}
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
+def keep_from_initialization(parameter: nn.Parameter) -> None:
+    """Keep transformers from drawing random numbers into codes that no checkpoint holds.
+
+    GPT-2, T5 and CLIP initialize the weights of their modules' modules, unless marked as this one then is. The loader
+    marks those that it loaded with True.
+    """
+    if not hasattr(parameter, "_is_hf_initialized"):
+        parameter._is_hf_initialized = "not loaded"  # type: ignore[attr-defined]
+
+
 def weights_of_dtype(dtype: torch.dtype) -> str:
     """The `weights` setting that a `dtype` argument stands for: `torch.qint8` or `torch.float16`."""
     if dtype is torch.qint8:
@@ -155,6 +165,11 @@ class QuantizedModule(nn.Module):
             for key, tensor in (("", storage), ("_scale", scale), ("_zero_point", zero_point)):
                 parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
                 self.register_parameter(weight_name + key, parameter)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None and not param.is_meta and name in self.storage_names():
+            keep_from_initialization(param)
 
     def quantized_tensors(self, weight_name: str, weight: Tensor) -> dict[str, Tensor]:
         """The tensors that stand for a float weight of this module, by parameter name.

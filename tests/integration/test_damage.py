@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -26,6 +27,9 @@ from transformers.utils import logging as transformers_logging
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from tests import tiny_models
 from tests.tiny_models import logits
+
+from .families import FAMILIES
+from .measure import outputs
 
 DAMAGES = int(os.environ.get("MONO_QUANT_DAMAGES", "400"))
 
@@ -265,6 +269,47 @@ def test_checksums_of_the_first_checkpoints_are_still_compared(whole, tmp_path):
     edit(file, lambda tensors: tensors["model.norm.weight"][0].add_(1))
     with pytest.raises(ValueError, match=r"model\.norm\.weight in .* is not what was saved"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+@pytest.fixture(params=["Mixtral", "GPT-NeoX", "LLaVA", "DETR"])
+def family(request, tmp_path):
+    """Some of its tensors are split or renamed on their way to disk: (class, inputs, folder of floats)."""
+    family = next(family for family in FAMILIES if family.name == request.param)
+    family.make().save_pretrained(tmp_path / "float")
+    return family.model_class, family.inputs, tmp_path / "float"
+
+
+def reloads_bit_for_bit(family, folder):
+    model_class, inputs, floats = family
+    saved = model_class.from_pretrained(floats, quantization_config=MonoQuantConfig())
+    reloaded = model_class.from_pretrained(folder)
+    pairs = zip(outputs(reloaded, inputs), outputs(saved, inputs), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["in memory", "on disk"])
+def test_what_is_split_or_renamed_on_disk_has_a_checksum_too(offload, family, tmp_path):
+    model_class, _, floats = family
+    place = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"} if offload else {}
+    saved = model_class.from_pretrained(floats, quantization_config=MonoQuantConfig(), **place)
+    saved.save_pretrained(tmp_path / "model")
+    assert reloads_bit_for_bit(family, tmp_path / "model")
+
+    file, own = tmp_path / "model" / "model.safetensors", saved.state_dict()
+    name = next(n for n, tensor in load_file(file).items() if n not in own and tensor.dim() > 1)
+    edit(file, lambda tensors: tensors[name].flatten()[:1].add_(1))
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} in .* is not what was saved"):
+        model_class.from_pretrained(tmp_path / "model")
+    edit(file, lambda tensors: tensors.update({f"{name}x": tensors.pop(name)}))
+    with pytest.raises(ValueError, match="is missing from"):
+        model_class.from_pretrained(tmp_path / "model")
+
+
+def test_saved_under_the_names_of_the_model_it_loads_too(family, tmp_path):
+    model_class, _, floats = family
+    saved = model_class.from_pretrained(floats, quantization_config=MonoQuantConfig())
+    saved.save_pretrained(tmp_path / "model", save_original_format=False)
+    assert reloads_bit_for_bit(family, tmp_path / "model")
 
 
 def test_saving_twice_writes_the_same_bytes(model, whole, tmp_path):

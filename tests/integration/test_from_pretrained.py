@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -10,11 +11,13 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.core import dequantize_codes, quantize_to_codes
 from mono_quant_hf.modules import QuantizedConv2d, QuantizedLinear, QuantizedModule
 from tests import tiny_models
 from tests.tiny_models import logits, relative_error
+
+from .families import FAMILIES
 
 AUTO_CLASSES = {
     "llama": AutoModelForCausalLM,
@@ -198,6 +201,27 @@ def test_a_new_head_is_float_initialized_and_trainable(float_folders, tmp_path):
     assert 0 < float(head.weight.detach().std()) < 1 and torch.equal(head.bias, torch.zeros(4))
     decision = next(d for d in model.hf_quantizer.decisions if d.module == "classifier")
     assert not decision.quantized and "newly initialized" in decision.reason
+
+
+@pytest.mark.parametrize("kind", ["float", "quantized"])
+def test_a_layer_that_a_model_initializes_from_outside_is_float_where_it_is_missing(kind, tmp_path):
+    """CLIP draws the weights of its attention from the parent of the Linear, which knows nothing of codes."""
+    family = next(family for family in FAMILIES if family.name == "CLIP")
+    source = family.make()
+    if kind == "quantized":
+        quantize_model(source)
+    source.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.get("quantization_config", {}).pop("checksums", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file, missing = tmp_path / "model.safetensors", "vision_model.encoder.layers.1.self_attn.q_proj"
+    kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(missing)}
+    save_file(kept, file, metadata={"format": "pt"})
+    extra = {"quantization_config": MonoQuantConfig()} if kind == "float" else {}
+    model = family.model_class.from_pretrained(tmp_path, **extra)
+    module = model.get_submodule(missing)
+    assert type(module) is torch.nn.Linear and 0 < float(module.weight.detach().std()) < 1
+    assert sum(type(m) is QuantizedLinear for m in model.modules()) > 20
 
 
 def test_the_choice_of_the_config_survives_the_reload(float_folders, tmp_path):

@@ -10,6 +10,9 @@ from mono_quant_hf.modules import QuantizedModule
 from tests import tiny_models
 from tests.tiny_models import logits
 
+from .families import FAMILIES
+from .measure import outputs
+
 CONFIGS = {
     "int8": MonoQuantConfig(),
     "int8 symmetric": MonoQuantConfig(symmetric=True),
@@ -138,6 +141,26 @@ def test_every_placement_gives_the_same_logits(name, placement, config, kind, fo
     original = AUTO_CLASSES[name].from_pretrained(folders[name, config, "quantized, one file"]).state_dict()
     assert reloaded.state_dict().keys() == original.keys()
     assert all(torch.equal(tensor, original[key]) for key, tensor in reloaded.state_dict().items())
+
+
+# In float too: their code reads a parameter without calling its module, and finds it without a value.
+NOT_FROM_DISK = ("Llama 4", "DeBERTa-v2", "SigLIP", "DETR")
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name not in NOT_FROM_DISK], ids=lambda f: f.name)
+def test_every_family_runs_from_disk(family, tmp_path):
+    family.make().save_pretrained(tmp_path / "float")
+    in_memory = family.model_class.from_pretrained(tmp_path / "float", quantization_config=MonoQuantConfig())
+    in_memory.save_pretrained(tmp_path / "quantized")
+    wanted = outputs(in_memory, family.inputs)
+    place = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
+    for source, config in (("float", {"quantization_config": MonoQuantConfig()}), ("quantized", {})):
+        model = family.model_class.from_pretrained(tmp_path / source, **config, **place)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        model.save_pretrained(tmp_path / "again")
+        for found in (model, family.model_class.from_pretrained(tmp_path / "again")):
+            pairs = zip(outputs(found, family.inputs), wanted, strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_a_map_that_splits_tied_weights_is_said_and_left_alone(folders, caplog, tmp_path):
