@@ -16,7 +16,7 @@ from mono_quant_hf.evaluation.passages import max_positions
 from mono_quant_hf.texts import token_sequences
 
 from .errors import CommandError
-from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .models import DTYPES, check_output_files, check_png, config_of, is_quantized, load_model
 from .output import add_json_argument, show
 from .texts import add_text_arguments, load_text
 
@@ -73,6 +73,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def run(arguments: argparse.Namespace) -> int:
     """Print the table and write the files."""
     check_output_files(arguments.json, arguments.html, arguments.png)
+    check_png(arguments.png)
     report = make_report(arguments)
     text = f"{report.summary()}\n\n{report.table(arguments.top or None)}"
     hidden = len(report.modules) - arguments.top if arguments.top else 0
@@ -82,10 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html:
         report.to_html(arguments.html)
     if arguments.png:
-        try:
-            report.to_png(arguments.png)
-        except ImportError as problem:
-            raise CommandError(str(problem)) from problem
+        report.to_png(arguments.png)
     return 0
 
 

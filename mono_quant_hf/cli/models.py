@@ -1,5 +1,6 @@
 """Loading whatever model a command is given, with the class that its config names."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def check_output_files(*files: Path | None) -> None:
             )
         if not file.expanduser().resolve().parent.is_dir():
             raise CommandError(f"the folder of {file} does not exist; make it first, or name another file.")
+
+
+def check_png(file: Path | None) -> None:
+    """Refuse, before the work and not after it, a picture where nothing can draw it."""
+    if file is not None and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("--png needs matplotlib: pip install 'mono-quant-hf[plots]'.")
 
 
 def _first_line(problem: Exception) -> str:

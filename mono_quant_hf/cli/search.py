@@ -15,7 +15,7 @@ from mono_quant_hf.hub.folders import written_beside
 
 from .errors import CommandError
 from .inspect import text_batches
-from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .models import DTYPES, check_output_files, check_png, config_of, is_quantized, load_model
 from .output import add_json_argument, show
 from .texts import add_text_arguments
 
@@ -63,6 +63,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def run(arguments: argparse.Namespace) -> int:
     """Search and show; 1 where the budget cannot be met."""
     check_output_files(arguments.json, arguments.png, arguments.save)
+    check_png(arguments.png)
     if is_quantized(config_of(arguments.model)):
         raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
     model = load_model(arguments.model, dtype=arguments.dtype)
@@ -88,10 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     show(arguments, text, result.to_dict())
     if arguments.png:
-        try:
-            result.to_png(arguments.png)
-        except ImportError as problem:
-            raise CommandError(str(problem)) from problem
+        result.to_png(arguments.png)
     if arguments.save:
         config = MonoQuantConfig(
             symmetric=arguments.symmetric, module_overrides=result.module_overrides or None

@@ -196,7 +196,7 @@ class QuantizationReport(Result):
         if self.total is not None:
             alone = sum(module.contribution or 0.0 for module in self.quantized)
             lines.append(
-                f"{(self.contribution_of or '').capitalize()}: {self.total:.3g} with all modules quantized; one at a "
+                f"The {self.contribution_of}: {self.total:.3g} with all modules quantized; one at a "
                 f"time they add up to {alone:.3g}."
             )
         return "\n".join(lines)

@@ -69,7 +69,7 @@ def draw_png(report: QuantizationReport, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise ImportError("a PNG needs matplotlib: pip install mono-quant-hf[plots].") from missing
+        raise ImportError("a PNG needs matplotlib: pip install 'mono-quant-hf[plots]'.") from missing
     by_role, dear = strips(report.modules), costliest(report.modules)
     edges, counts = worst_channels(report.modules)
     low, high = _range(report.quantized)
@@ -130,7 +130,7 @@ def draw_frontier(result: SearchResult, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise ImportError("a PNG needs matplotlib: pip install mono-quant-hf[plots].") from missing
+        raise ImportError("a PNG needs matplotlib: pip install 'mono-quant-hf[plots]'.") from missing
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
@@ -241,7 +241,7 @@ def page(report: QuantizationReport) -> str:
     if dear:
         parts += [
             "<h2>Costliest modules</h2>",
-            f"<p>{escape((report.contribution_of or '').capitalize())}, with this module alone quantized.</p>",
+            f"<p>The {escape(report.contribution_of or '')}, with this module alone quantized.</p>",
             _costs(dear),
         ]
     parts += [

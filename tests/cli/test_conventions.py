@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.cli import main as main_module
-from mono_quant_hf.cli import verify
+from mono_quant_hf.cli import inspect, search, verify
 from mono_quant_hf.cli.main import main
 from tests import tiny_models
 from tests.evaluation.conftest import make_llama, make_tokenizer
@@ -175,3 +175,11 @@ def test_search_prints_a_config_that_can_be_used(folder, capsys):
     _, found, config = capsys.readouterr().out.partition("MonoQuantConfig(")
     made = eval(found + config, {"MonoQuantConfig": MonoQuantConfig})
     assert made.module_overrides and config.count("\n") == len(made.module_overrides) + 2
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["search", "--max-kl", "1"]], ids=lambda c: c[0])
+def test_a_picture_that_nothing_can_draw_is_refused_before_the_work(command, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    module = {"inspect": inspect, "search": search}[command[0]]
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("the work was begun"))
+    assert main([*command, str(folder / "float"), "--png", str(tmp_path / "x.png")]) == 2
