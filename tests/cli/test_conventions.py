@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
-from mono_quant_hf.cli import main as main_module
 from mono_quant_hf.cli import inspect, search, verify
+from mono_quant_hf.cli import main as main_module
 from mono_quant_hf.cli.main import main
 from tests import tiny_models
 from tests.evaluation.conftest import make_llama, make_tokenizer
