@@ -102,7 +102,7 @@ class OnQuantized:
                 super().merge(safe_merge=safe_merge, adapter_names=[*already, *names])  # type: ignore[misc]
             unmerged = dict(quantized._parameters)
             if len(self.merged_adapters) > len(already):
-                quantized._parameters.update(_quantized_again(quantized, merged))
+                _quantize_again(quantized, merged)
                 self.before_merge = unmerged
             else:
                 quantized._parameters.update(before)
@@ -284,9 +284,8 @@ def _float_view(quantized: QuantizedModule, dtype: torch.dtype) -> nn.Module:
     return view
 
 
-def _quantized_again(quantized: QuantizedModule, merged: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a quantized module for merged float weights; channels that did not change keep theirs."""
-    parameters: dict[str, nn.Parameter] = {}
+def _quantize_again(quantized: QuantizedModule, merged: nn.Module) -> None:
+    """Give a quantized module new parameters for merged float weights; channels that did not change keep theirs."""
     for name in quantized.weight_axes:
         weight, before = merged.get_parameter(name).data, quantized.dequantized(name)
         new = quantized.quantized_tensors(name, weight)
@@ -294,16 +293,15 @@ def _quantized_again(quantized: QuantizedModule, merged: nn.Module) -> dict[str,
         over = [d for d in range(weight.dim()) if scale is not None and scale.shape[d] == 1]
         changed = weight != before
         changed = changed.any(dim=over, keepdim=True) if over else changed
-        for key, tensor in new.items():
-            old = quantized.get_parameter(key)
-            if key != "vector_dtype":
-                parameters[key] = nn.Parameter(torch.where(changed, tensor, old.data), requires_grad=False)
-        rounded = _weight_of(name, parameters)
+        for key in new.keys() & set(quantized.storage_names()):
+            kept = torch.where(changed, new[key], quantized.get_parameter(key).data)
+            quantized._parameters[key] = nn.Parameter(kept, requires_grad=False)
+        rounded = quantized.dequantized(name)
         _tell_rounding(f"{_name_of(quantized)}.{name}", quantized.weights, weight, before, rounded)
     bias, merged_bias = quantized._parameters.get("bias"), merged._parameters.get("bias")
     if bias is not None and merged_bias is not None and not torch.equal(merged_bias.data, bias.data.float()):
-        parameters["bias"] = nn.Parameter(merged_bias.data.to(bias.dtype), requires_grad=bias.requires_grad)
-    return parameters
+        merged_bias = nn.Parameter(merged_bias.data.to(bias.dtype), requires_grad=bias.requires_grad)
+        quantized._parameters["bias"] = merged_bias
 
 
 def _form(quantized: QuantizedModule) -> str:
@@ -333,14 +331,6 @@ def _bring_into_form(quantized: QuantizedModule, state_dict: dict[str, Any], pre
         ):
             tensors = quantized.quantized_tensors(name, weight)
             state_dict.update({prefix + key: tensor for key, tensor in tensors.items()})
-
-
-def _weight_of(name: str, parameters: dict[str, nn.Parameter]) -> Tensor:
-    stored, scale = parameters[name].data, parameters.get(f"{name}_scale")
-    if scale is None:
-        return stored.float()
-    zero_point = parameters.get(f"{name}_zero_point")
-    return dequantize_codes(stored, scale.data, None if zero_point is None else zero_point.data)
 
 
 def _tell_rounding(name: str, weights: str, merged: Tensor, before: Tensor, rounded: Tensor) -> None:

@@ -17,9 +17,9 @@ from mono_quant_hf.calibration import (
     calibration_batches,
     rounds_with_moments,
 )
-from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+from mono_quant_hf.modules import QuantizedModule
 
-from .replacement import replace_modules
+from .replacement import giving, quantizing, replace_modules
 from .selection import Decision
 
 logger = logging.getLogger("mono_quant_hf")
@@ -55,14 +55,9 @@ def quantize_calibrated(
     shared = {name for group in tied for name in group}
     targets: dict[str, QuantizedModule] = {}
     for name, decision in decisions.items():
-        module = model.get_submodule(name)
-        quantized_class = quantized_class_for(module)
-        assert quantized_class is not None
         if decision.weights != "int8" or name in shared:
             continue
-        target = quantized_class.empty_like(
-            module, "int8", bool(decision.symmetric), name=name, activations=decision.activations
-        )
+        target = quantizing(decision, empty=True)(model.get_submodule(name))
         if rounds_with_moments(target):
             targets[name] = target
     if isinstance(calibration, str) and calibration == DATA_FREE:
@@ -94,12 +89,4 @@ def quantize_calibrated(
 
 def _replaced(model: nn.Module, targets: Mapping[str, QuantizedModule]) -> nn.Module:
     """All at once and last of all, so that a model is never left half quantized."""
-    return replace_modules(model, {name: _Constant(target) for name, target in targets.items()})
-
-
-class _Constant:
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __call__(self, _: nn.Module) -> nn.Module:
-        return self.module
+    return replace_modules(model, {name: giving(target) for name, target in targets.items()})

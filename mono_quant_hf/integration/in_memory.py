@@ -18,7 +18,7 @@ from mono_quant_hf.modules import QuantizedExperts, QuantizedModule, quantized_c
 from .calibrated import quantize_calibrated
 from .conversions import look_up_conversions
 from .quantizer import MonoQuantHfQuantizer
-from .replacement import replace_modules
+from .replacement import quantizing, replace_modules
 from .resizing import make_resizable
 from .saving import config_of_modules
 from .selection import Decision, decide, log_summary
@@ -107,7 +107,7 @@ def quantize_model(
         tqdm(total=len(chosen), desc="Quantizing", unit="module", disable=not progress) as bar,
     ):
         model = replace_modules(
-            model, {name: _Quantize(d) for name, d in chosen.items()}, on_each=lambda _: bar.update()
+            model, {name: quantizing(d) for name, d in chosen.items()}, on_each=lambda _: bar.update()
         )
     share_storage(model, groups)
     if isinstance(model, PreTrainedModel):
@@ -122,24 +122,6 @@ def quantize_model(
         register(quantization_config=config_of_modules(model).to_dict())
     log_summary(model, decisions)
     return model
-
-
-class _Quantize:
-    """Makes the quantized module of a decision from the float one."""
-
-    def __init__(self, decision: Decision):
-        self.decision = decision
-
-    def __call__(self, module: nn.Module) -> QuantizedModule:
-        quantized_class = quantized_class_for(module)
-        assert quantized_class is not None
-        return quantized_class.from_float(
-            module,
-            self.decision.weights,
-            bool(self.decision.symmetric),
-            name=self.decision.module,
-            activations=self.decision.activations,
-        )
 
 
 def _refuse_unfit(model: nn.Module) -> None:

@@ -16,14 +16,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
-from mono_quant_hf.modules import QuantizedExperts, QuantizedModule, quantized_class_for
+from mono_quant_hf.modules import QuantizedExperts, QuantizedModule
 from mono_quant_hf.modules.base import keep_from_initialization
 
 from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
 from .conversions import PassThrough, QuantizeWeights
 from .fingerprints import check_fingerprints, checksums_of
 from .placement import keep_tied_together
-from .replacement import replace_modules
+from .replacement import giving, quantizing, replace_modules
 from .resizing import make_resizable, undo_resizable
 from .selection import Decision, aliases_of, decide, log_summary
 from .tags import add_tags, remove_tags
@@ -230,7 +230,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         """New modules, such as the head of a model that is to be trained, start as the model initializes them."""
         for name, module in modules.items():
             fresh = module.to_float(_dtype_of(model))
-            replace_modules(model, {name: lambda _, fresh=fresh: fresh})  # type: ignore[misc]
+            replace_modules(model, {name: giving(fresh)})
             with torch.no_grad():
                 _owner(model, name)._init_weights(fresh)
         if any(set(group).intersection(modules) for group in tied_modules(model)):
@@ -288,27 +288,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
 def make_room(model: PreTrainedModel, decisions: list[Decision]) -> None:
     """Put quantized modules without values in the place of those that are to be quantized; what is tied stays tied."""
     groups = tied_modules(model)
-    replace_modules(model, {d.module: _EmptyTwin(d) for d in decisions if d.quantized})
+    replace_modules(model, {d.module: quantizing(d, empty=True) for d in decisions if d.quantized})
     share_storage(model, groups)
     declare_tied_companions(model)
-
-
-class _EmptyTwin:
-    """Makes the quantized module of a decision, with room for the tensors to come."""
-
-    def __init__(self, decision: Decision):
-        self.decision = decision
-
-    def __call__(self, module: nn.Module) -> QuantizedModule:
-        quantized_class = quantized_class_for(module)
-        assert quantized_class is not None
-        return quantized_class.empty_like(
-            module,
-            self.decision.weights,
-            bool(self.decision.symmetric),
-            name=self.decision.module,
-            activations=self.decision.activations,
-        )
 
 
 def _quantized_weight_names(model: nn.Module) -> list[str]:

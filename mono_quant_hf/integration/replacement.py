@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+
+from .selection import Decision
+
 
 def replace_modules(
     model: nn.Module,
@@ -39,3 +43,26 @@ def replace_modules(
         if on_each is not None:
             on_each(name)
     return model
+
+
+def quantizing(decision: Decision, *, empty: bool = False) -> Callable[[nn.Module], QuantizedModule]:
+    """A maker of the quantized module that was decided on, with the codes of the float one or with room for codes."""
+
+    def make(module: nn.Module) -> QuantizedModule:
+        quantized_class = quantized_class_for(module)
+        assert quantized_class is not None
+        make_twin = quantized_class.empty_like if empty else quantized_class.from_float
+        return make_twin(
+            module,
+            decision.weights,
+            bool(decision.symmetric),
+            name=decision.module,
+            activations=decision.activations,
+        )
+
+    return make
+
+
+def giving(module: nn.Module) -> Callable[[nn.Module], nn.Module]:
+    """A maker of what is made already."""
+    return lambda _: module

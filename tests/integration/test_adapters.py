@@ -196,9 +196,11 @@ def test_rows_that_an_adapter_does_not_touch_keep_their_codes():
     table = model.base_model.model.model.embed_tokens
     with torch.no_grad():
         table.lora_embedding_A["default"][:, 5:] = 0
-    before = table.base_layer.weight.clone()
-    merged = model.merge_and_unload().model.embed_tokens
-    assert torch.equal(merged.weight[5:], before[5:]) and not torch.equal(merged.weight[:5], before[:5])
+    before = codes(table.base_layer)
+    merged = codes(model.merge_and_unload().model.embed_tokens)
+    for name in (".weight", ".weight_scale", ".weight_zero_point"):
+        found, kept = merged[name], before[name]
+        assert torch.equal(found[5:], kept[5:]) and not torch.equal(found[:5], kept[:5])
 
 
 def test_the_rounding_is_told_in_decibels(caplog):
