@@ -169,14 +169,10 @@ class OnQuantized:
             yield quantized, quantized
             return
         view = _float_view(quantized, torch.float32) if lazy else quantized.to_float()
-        for name, parameter in quantized._parameters.items():  # a bias, which a merge may add to in place
-            if (
-                not lazy
-                and parameter is not None
-                and name not in quantized.weight_axes
-                and name in view._parameters
-            ):
-                view._parameters[name] = nn.Parameter(parameter.detach().float().clone(), requires_grad=False)
+        for name, parameter in () if lazy else view._parameters.items():
+            if parameter is not None and name not in quantized.weight_axes:
+                # A bias, which a merge adds to in place.
+                view._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         holder._modules["base_layer"] = view
         try:
             yield quantized, view

@@ -56,7 +56,11 @@ def gpt2():
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **ids, initializer_range=0.2)).eval()
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **ids, initializer_range=0.2))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
 
 
 MODELS = {
