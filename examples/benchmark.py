@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import inspect
 import json
 import statistics
 import sys
@@ -33,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 from transformers.utils import logging
 
 from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.calibration.samples import cache_argument
 from mono_quant_hf.evaluation import perplexity
 from mono_quant_hf.kernels import use_kernel
 
@@ -103,8 +103,7 @@ class Runner:
         self.case, self.prompt = case, prompt
         self.length = prompt.shape[1]
         self.cache = StaticCache(case.model.config, max_cache_len=self.length + 64) if compiled else None
-        parameters = inspect.signature(case.model.forward).parameters
-        self.cache_name = "cache" if "cache" in parameters else "past_key_values"  # until transformers 5.23
+        self.cache_name = cache_argument(case.model)
         self.step = torch.compile(case.model.forward, dynamic=False) if compiled else case.model.forward
 
     def prefill(self) -> float:

@@ -145,9 +145,7 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
     length = _length(model, sampling)
     device = next(p.device for p in model.parameters())
     generator = torch.Generator().manual_seed(sampling.seed)
-    # transformers 5.24 renamed it
-    parameters = inspect.signature(model.forward).parameters
-    cache_name = "cache" if "cache" in parameters else "past_key_values"
+    cache_name = cache_argument(model)
     rows = []
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -172,6 +170,11 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
         for module in training:
             module.training = True
     return torch.cat(rows)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of the argument and the output for the keys and values of earlier tokens: transformers 5.24 renamed them."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _draw(likely: Tensor, generator: torch.Generator) -> Tensor:

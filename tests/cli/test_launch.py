@@ -1,0 +1,42 @@
+"""The command from its very start, before the package is imported."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mono_quant_hf
+
+LAUNCH = Path(mono_quant_hf.__file__).parent / "launch.py"
+# As the installed module does, and with a word to say when the import is under way.
+SCRIPT = """
+import builtins, runpy, sys
+original = builtins.__import__
+def telling(name, *rest, **more):
+    if name == "torch" and not hasattr(builtins, "told"):
+        builtins.told = True
+        print("importing", flush=True)
+    return original(name, *rest, **more)
+builtins.__import__ = telling
+sys.exit(runpy.run_path(sys.argv.pop(1))["main"]())
+"""
+
+
+def start(*arguments):
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", SCRIPT, str(LAUNCH), *arguments]
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_an_interruption_during_the_import_is_one_line():
+    process = start("--help")
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "mono-quant-hf: interrupted\n")
+
+
+def test_it_runs_the_command():
+    process = start("verify", "./no-such-folder")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2 and "no-such-folder" in said and "Traceback" not in said
