@@ -3,10 +3,11 @@
 import base64
 import copy
 import difflib
-import re
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Collection
 from typing import Any
 
+import regex
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "mono_quant"
@@ -19,6 +20,7 @@ XXH3 = "xxh3:"
 WEIGHT_TYPES = ("int8", "float16")
 ACTIVATION_TYPES = ("int8",)
 OVERRIDE_WEIGHT_TYPES = (*WEIGHT_TYPES, "float")
+MOST_PATTERNS, MOST_CHARACTERS = 10_000, 200_000
 
 
 class MonoQuantConfig(QuantizationConfigMixin):
@@ -168,6 +170,8 @@ def _module_names(name: str, value: Any) -> list[str] | None:
             raise TypeError(
                 f"MonoQuantConfig: {name} holds {item!r}; every entry must be a non-empty module name."
             )
+    _not_too_many(name, value)
+    for item in value:
         _compiles(name, item, item)
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
@@ -179,11 +183,13 @@ def _overrides(name: str, value: Any) -> dict[str, dict[str, Any]] | None:
         raise TypeError(
             f"MonoQuantConfig: {name} must be a dict of pattern to settings or None, not {value!r}."
         )
-    for pattern, override in value.items():
+    for pattern in value:
         if not isinstance(pattern, str) or not pattern:
             raise TypeError(
                 f"MonoQuantConfig: {name} has the key {pattern!r}; a key is a module name pattern."
             )
+    _not_too_many(name, value)
+    for pattern, override in value.items():
         if pattern.startswith("re:"):
             _compiles(name, pattern, pattern.removeprefix("re:"))
         if not isinstance(override, dict):
@@ -205,12 +211,22 @@ def _overrides(name: str, value: Any) -> dict[str, dict[str, Any]] | None:
     return copy.deepcopy(value)
 
 
+def _not_too_many(name: str, patterns: Collection[str]) -> None:
+    """A config may be a stranger's, and a pattern of megabytes takes minutes and gigabytes to compile."""
+    characters = sum(map(len, patterns))
+    if len(patterns) > MOST_PATTERNS or characters > MOST_CHARACTERS:
+        raise ValueError(
+            f"MonoQuantConfig: {name} holds {len(patterns):,} patterns of {characters:,} characters; at most "
+            f"{MOST_PATTERNS:,} of {MOST_CHARACTERS:,} are allowed, use fewer that match more."
+        )
+
+
 def _compiles(name: str, entry: str, pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except re.error as problem:
+        regex.compile(pattern)
+    except (regex.error, OverflowError, RecursionError) as problem:
         raise ValueError(
-            f"MonoQuantConfig: {name} holds {entry!r}, no valid regular expression: {problem}."
+            f"MonoQuantConfig: {name} holds {reprlib.repr(entry)}, no valid regular expression: {problem}."
         ) from None
 
 

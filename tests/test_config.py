@@ -1,5 +1,7 @@
+import contextlib
 import copy
 import json
+import sys
 
 import pytest
 from transformers import AutoConfig, LlamaConfig
@@ -58,6 +60,14 @@ def test_from_dict_takes_known_keywords_and_hands_back_the_rest():
         ({"modules_to_not_convert": "lm_head"}, TypeError, "modules_to_not_convert must be a list"),
         ({"modules_to_not_convert": [3]}, TypeError, "modules_to_not_convert holds 3"),
         ({"modules_to_not_convert": ["("]}, ValueError, "'\\('.*regular expression"),
+        ({"modules_to_not_convert": ["(" * 9999 + ")" * 9999]}, ValueError, "regular expression.*recursion"),
+        ({"module_overrides": {"re:a{99999999999}": {}}}, ValueError, "no valid regular expression"),
+        (
+            {"modules_to_not_convert": ["a" * 2_000_000]},
+            ValueError,
+            "1 patterns of 2,000,000 characters; at m",
+        ),
+        ({"module_overrides": {f"a{i}": {} for i in range(20_000)}}, ValueError, "holds 20,000 patterns of"),
         ({"module_overrides": ["x"]}, TypeError, "module_overrides must be a dict"),
         ({"module_overrides": {"x": "int8"}}, TypeError, r"module_overrides\['x'\] must be a dict"),
         ({"module_overrides": {"x": {"bits": 4}}}, ValueError, "sets 'bits'; it may set weights, symmetric"),
@@ -104,3 +114,34 @@ def test_and_where_it_is_set_later(field, value, error):
     with pytest.raises(error, match=field):
         config.update(**{field: value}) if hasattr(config, field) else setattr(config, field, value)
     assert config == MonoQuantConfig()
+
+
+OPENED: list[str] | None = None
+
+
+def _note(event, arguments):
+    if OPENED is not None and event in ("open", "exec", "compile", "import", "os.system", "subprocess.Popen"):
+        OPENED.append(f"{event} {arguments}")
+
+
+def test_a_config_of_a_stranger_opens_nothing_and_runs_nothing(tmp_path):
+    global OPENED
+    path = str(tmp_path / "file")
+    junk = [
+        path,
+        "__import__('os').system('true')",
+        "!!python/object",
+        "torch.nn.Linear",
+        {"a": path},
+        [path],
+    ]
+    fields = {**EVERY_FIELD, "trust_remote_code": True, "auto_map": path, "_target_": "os.system"}
+    MonoQuantConfig.from_dict(EVERY_FIELD)
+    sys.addaudithook(_note)
+    for field in fields:
+        for value in junk:
+            OPENED = []
+            with contextlib.suppress(TypeError, ValueError):
+                MonoQuantConfig.from_dict({**EVERY_FIELD, field: value})
+            noted, OPENED = OPENED, None
+            assert not noted, (field, value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import logging
+import time
 from collections.abc import Callable
 
 # The standard library's re has no bound on time, and `(.*.*)*x` takes longer than the universe has.
@@ -12,7 +13,9 @@ import regex
 
 logger = logging.getLogger("mono_quant_hf")
 
-SECONDS_PER_MATCH = 1.0
+SECONDS = 1.0
+"""For all that is slow to match, all patterns of a field together; what takes under `SLOW` does not count."""
+SLOW = 0.01
 
 
 class Aliases:
@@ -38,11 +41,12 @@ class PatternTracker:
         self,
         field: str,
         patterns: list[str],
-        matches: Callable[[str, str], bool],
+        matches: Callable[[str, str, float], bool],
         aliases: Callable[[str], list[str]],
     ):
         self.field, self.patterns, self.matches, self.aliases = field, patterns, matches, aliases
         self.matched: set[str] = set()
+        self.seconds = SECONDS
 
     def first_match(self, name: str) -> str | None:
         """The first pattern that matches a name; None if there is none.
@@ -64,26 +68,31 @@ class PatternTracker:
                 logger.warning("%s: %r matches no module.%s", self.field, pattern, hint)
 
     def _hits(self, pattern: str, name: str) -> bool:
+        started = time.perf_counter()
         try:
-            return any(self.matches(pattern, alias) for alias in self.aliases(name))
+            return any(self.matches(pattern, alias, self.seconds) for alias in self.aliases(name))
         except TimeoutError:
             raise ValueError(
-                f"{self.field}: {pattern!r} takes over {SECONDS_PER_MATCH:g} s to match {name!r}; simplify it."
+                f"{self.field}: {pattern!r} takes too long to match {name!r}; simplify it."
             ) from None
+        finally:
+            spent = time.perf_counter() - started
+            if spent > SLOW:
+                self.seconds = max(self.seconds - spent, SLOW)
 
 
-def matches_as_in_transformers(pattern: str, name: str) -> bool:
+def matches_as_in_transformers(pattern: str, name: str, seconds: float) -> bool:
     """A name from the start, a regular expression from the start (both up to a dot or the end), or a suffix."""
     if name.endswith(pattern):
         return True
     bounded = rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
-    return regex.match(bounded, name, timeout=SECONDS_PER_MATCH) is not None
+    return regex.match(bounded, name, timeout=seconds) is not None
 
 
-def matches_glob_or_regex(pattern: str, name: str) -> bool:
+def matches_glob_or_regex(pattern: str, name: str, seconds: float) -> bool:
     """A glob on the whole name, or after `re:` a regular expression from its start."""
     if pattern.startswith("re:"):
-        return regex.match(pattern.removeprefix("re:"), name, timeout=SECONDS_PER_MATCH) is not None
+        return regex.match(pattern.removeprefix("re:"), name, timeout=seconds) is not None
     return fnmatch.fnmatchcase(name, pattern)
 
 

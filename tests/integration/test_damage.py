@@ -360,6 +360,49 @@ def test_a_save_that_is_killed_never_leaves_a_mix_that_loads(after, model, shard
     assert any(torch.equal(loaded, expected) for expected in allowed)
 
 
+@pytest.mark.parametrize("most", [100, 2_000, 6_000, 9_000])
+def test_a_save_that_finds_the_disk_full_never_leaves_a_mix_that_loads(most, model, sharded, tmp_path):
+    """No file may grow past `most` bytes while another model is saved over a checkpoint: config, index and shards."""
+    folder = tmp_path / "model"
+    shutil.copytree(sharded, folder)
+    other_save(tmp_path / "other")
+    script = textwrap.dedent(
+        f"""
+        import resource, signal
+        from transformers import AutoModelForCausalLM
+        import mono_quant_hf
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "other")!r})
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails with an error, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))
+        model.save_pretrained({str(folder)!r}, max_shard_size="10KB")
+        """
+    )
+    saver = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert saver.returncode != 0 and "File too large" in saver.stderr
+    try:
+        loaded = logits(AutoModelForCausalLM.from_pretrained(folder))
+    except (ValueError, OSError, RuntimeError) as problem:
+        assert str(problem)
+        return
+    allowed = [model, AutoModelForCausalLM.from_pretrained(tmp_path / "other")]
+    assert any(torch.equal(loaded, logits(one)) for one in allowed)
+
+
+def test_a_tensor_in_two_files_or_named_twice_by_the_index(model, sharded, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    shutil.copytree(sharded, tmp_path / "model")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    other = next(file for file in places.values() if file != places[name])
+    # JSON may name a key twice, and the last counts: here the right one, then the wrong one.
+    for line in (f'"{name}": "{other}", "{name}": "{places[name]}"', f'"{name}": "{other}"'):
+        index.write_text(index.read_text().replace(f'"{name}": "{places[name]}"', line))
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(model))
+    edit(tmp_path / "model" / other, lambda tensors: tensors.update({name: torch.ones(88, 1)}))
+    with pytest.raises(ValueError, match=rf"{name} is both in .*safetensors and in"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
 def test_the_config_saved_is_the_config_loaded_whatever_was_changed(whole):
     loaded = AutoModelForCausalLM.from_pretrained(whole)
     assert (

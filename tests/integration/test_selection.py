@@ -94,6 +94,19 @@ def test_a_catastrophic_pattern_is_an_error_and_no_endless_load(field):
     evil = r"(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)\10\9\8\7\6\5\4\3\2"
     value = [evil] if field == "modules_to_not_convert" else {f"re:{evil}": {"weights": "float"}}
     started = time.monotonic()
-    with pytest.raises(ValueError, match=f"{field}.*takes over 1 s to match.*simplify it"):
+    with pytest.raises(ValueError, match=f"{field}.*takes too long to match.*simplify it"):
         decide(tiny_models.llama(), MonoQuantConfig(**{field: value}))
     assert time.monotonic() - started < 20
+
+
+def test_patterns_that_are_slow_only_together_are_an_error_too(monkeypatch):
+    """A fifth of a second each would be minutes in a model of a thousand modules."""
+
+    def slow_match(pattern, name, timeout):
+        time.sleep(min(0.2, timeout))
+        if timeout < 0.2:
+            raise TimeoutError
+
+    monkeypatch.setattr("regex.match", slow_match)
+    with pytest.raises(ValueError, match="modules_to_not_convert: 'slow' takes too long to match"):
+        decide(tiny_models.llama(), MonoQuantConfig(modules_to_not_convert=["slow"]))
