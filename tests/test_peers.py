@@ -30,9 +30,7 @@ SPLIT = {
     "model.layers.0": "cpu",
     "model.layers.1": "disk",
 }
-pytestmark = pytest.mark.filterwarnings(
-    "default::DeprecationWarning", "default::FutureWarning"
-)  # of the others
+pytestmark = pytest.mark.filterwarnings("ignore")  # what the others warn of is theirs
 REFUSALS = (ValueError, NotImplementedError)
 """What the libraries and transformers raise for what they do not do; any other error fails the test."""
 
