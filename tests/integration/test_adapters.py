@@ -234,10 +234,11 @@ def test_a_broken_adapter_leaves_everything_as_it_was():
         layer.lora_B["broken"].weight[0, 0] = float("nan")
     layer.merge()
     before = codes(model)
-    for safe in (True, False):
-        with pytest.raises(
-            ValueError, match=r"broken|q_proj\.weight cannot be quantized. The weight contains"
-        ):
+    for safe, message in [
+        (True, "broken"),
+        (False, r"q_proj\.weight cannot be quantized. The weight contains"),
+    ]:
+        with pytest.raises(ValueError, match=message):
             layer.merge(safe_merge=safe, adapter_names=["broken"])
         assert layer.merged_adapters == ["default"]
         assert_same_codes(model, before)
@@ -345,7 +346,7 @@ def test_adapters_are_saved_and_loaded_in_every_way(tmp_path, kind):
     by_transformers = AutoModelForCausalLM.from_pretrained(base)
     by_transformers.load_adapter(str(adapter))
     by_folder = AutoModelForCausalLM.from_pretrained(adapter)
-    # transformers 5.23 loses the magnitudes of DoRA, of float models too
+    # transformers loses the magnitudes of DoRA, of float models too
     by_others = [] if "use_dora" in kind else [by_transformers, by_folder]
     for loaded in loaded_by_peft + by_others:
         assert torch.equal(logits(loaded.eval()), expected)
