@@ -1,6 +1,7 @@
 """What `verify_checkpoint` finds in sound, damaged and foreign checkpoints."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -128,6 +129,26 @@ def test_a_damaged_tensor_is_named(copy, change, tensor, said):
     assert said in flaws[tensor].message and tensor in flaws[tensor].message
     assert str(folder) in flaws[tensor].file and (file.name in flaws[tensor].message or "missing" in said)
     assert "no checksums" in found.notes[0]
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(NORM), "is missing from"),
+        (put(NORM, lambda t: t[:-1].clone()), r"is F32 \[31\] where the config asks for float32 \[32\]"),
+        (put(NORM, lambda t: t.to(torch.int32)), r"is I32 \[32\] where the config asks for float32"),
+    ],
+    ids=["missing", "shape", "dtype"],
+)
+def test_a_damaged_tensor_that_is_not_quantized_is_named(copy, change, said):
+    folder = copy("symmetric")
+    edit_config(folder, lambda config: config["quantization_config"].pop("checksums"))
+    edit(folder, change)
+    (flaw,) = verify_checkpoint(folder).flaws
+    assert flaw.tensor == NORM and re.search(said, flaw.message)
 
 
 def test_every_flaw_is_told_and_not_only_the_first(copy):
