@@ -465,7 +465,8 @@ class _Verifying:
                 file,
                 name,
                 f"{name} in {file} is up to {steps:.3g} steps away from {source} ({sqnr:.1f} dB), and its scales are "
-                "not those of that weight; it was made from another float model, or is damaged.",
+                "not those of that weight; it was made from another float model, had an adapter merged into it, or is "
+                "damaged.",
             )
 
 
