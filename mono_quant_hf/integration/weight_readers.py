@@ -25,7 +25,7 @@ _HARMLESS_ATTRIBUTES = frozenset(
     {"device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda"}
 )
 _HARMLESS_CALLS = frozenset({"isinstance", "getattr", "hasattr", "id"})
-_WEIGHT_OF_ANOTHER = re.compile(r"""(?<!\bself)\.weight\b(?!["'])""")
+_WEIGHT_OF_ANOTHER = re.compile(r"""(?<!\bself)\.weight\b(?!["'])|\bnext\([^()]*\.parameters\(""")
 _SET_UP_METHODS = ("__init__", "init_", "_init_", "reset_parameters", "_tie_weights", "tie_weights")
 # Their methods concern any model, not the weights of one; and torch's own modules read only their own weight.
 _GENERAL_PACKAGES = (

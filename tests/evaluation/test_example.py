@@ -1,8 +1,8 @@
 """examples/perplexity.py on a tiny saved model, in this process and without a network."""
 
-import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "perplexity.py"
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("perplexity_example", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return runpy.run_path(str(EXAMPLE))["main"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
 """PEFT's adapters on quantized modules: trained, saved, merged and taken out again."""
 
 import copy
-import importlib.util
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 import warnings
@@ -505,11 +505,7 @@ def test_the_package_does_not_import_peft():
 
 @pytest.fixture
 def example():
-    path = Path(__file__).parents[2] / "examples" / "lora.py"
-    spec = importlib.util.spec_from_file_location("lora_example", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return runpy.run_path(str(Path(__file__).parents[2] / "examples" / "lora.py"))["main"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

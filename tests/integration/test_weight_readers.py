@@ -1,7 +1,6 @@
 """Modules whose weight's dtype the model's own code reads: found by the source, kept in float, and right for it."""
 
-import importlib.util
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -81,15 +80,8 @@ def test_quantized_all_the_same_it_is_an_error_and_no_garbage():
 
 
 def test_every_reader_of_the_installed_transformers_is_found():
-    script = Path(__file__).parents[2] / "examples" / "weight_dtype_readers.py"
-    spec = importlib.util.spec_from_file_location("weight_dtype_readers", script)
-    scan = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = scan  # where dataclasses look for it
-    try:
-        spec.loader.exec_module(scan)
-        places = [place for path in scan.modeling_files() for place in scan.places_in(path)]
-    finally:
-        del sys.modules[spec.name]
+    scan = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "weight_dtype_readers.py"))
+    places = [place for path in scan["modeling_files"]() for place in scan["places_in"](path)]
     assert len({place.file for place in places}) > 80
     assert [place for place in places if not place.found] == []
 
