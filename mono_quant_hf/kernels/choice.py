@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .int8_activations import FEWEST_TOKENS, LONGEST, by_kernel, has_units
+from .int8_activations import FEWEST_TOKENS, LONGEST, by_kernel, has_units, is_exact
 
 log = logging.getLogger("mono_quant_hf")
 
@@ -175,6 +175,8 @@ def decide_int8(
     if device == "cpu":
         if cpu.forked():
             return Choice("", "torch's matmul may wait for ever after a fork")
+        if not is_exact(k):
+            return _no_gain("torch's integer matmul is not exact on this processor")
         if setting == "int8":
             return Choice("int8", "it was asked for")
         if small:
@@ -215,12 +217,12 @@ def _compiled(weight_dtype: torch.dtype, tokens: int, small: bool, setting: str)
         return Choice("float", "float16 weights become float32 as they stream by")
     if setting in ("float", "int16"):
         return Choice(setting, "it was asked for")
-    if tokens == 1:
+    if tokens == 1 and cpu.streams_floats():
         return Choice("float", "one token: memory is the limit, and float32 needs no codes of x")
     if small and tokens <= 64:
         return Choice("float", "a small weight: nothing to gain from codes of x")
     if cpu.has_integer_units():
-        return Choice("int16", "several tokens: int16 products outrun float32 ones here")
+        return Choice("int16", "int16 products outrun float32 ones here")
     if tokens <= 8:
         return Choice("int16", "a few tokens: memory is the limit")
     return Choice("blocks", "many tokens, and no fast int16 products here")

@@ -158,15 +158,15 @@ _MULTIPLY_ADD = {  # by the products that are summed in a lane, and the lanes
 }
 
 
-def _in_a_lane(kind: str, lanes: int) -> int:
-    """How many products one instruction sums in each lane."""
-    if lanes > 1 and kind == "int8 int16" and X86:
-        return 2
-    return 4 if lanes > 1 and kind == "int8 uint8" and BYTE_UNITS else 1
-
-
 def _is_integer(kind: str) -> bool:
     return kind in ("int8 int16", "int8 uint8")
+
+
+def _in_a_lane(kind: str, lanes: int) -> int:
+    """How many products one instruction sums in each lane."""
+    if lanes == 1 or not X86 or not _is_integer(kind):
+        return 1
+    return 4 if kind == "int8 uint8" and BYTE_UNITS else 2
 
 
 def _add_products(  # type: ignore[no-untyped-def]

@@ -141,6 +141,12 @@ def has_integer_units() -> bool:
     return compiled is not None and compiled.X86 and compiled.VECTOR_BYTES >= 32
 
 
+def streams_floats() -> bool:
+    """Whether codes become floats as fast as memory delivers them, so that one token needs no codes of its own."""
+    compiled = load()
+    return compiled is not None and (not compiled.X86 or compiled.VECTOR_BYTES != 32)
+
+
 def multiplies_bytes() -> bool:
     """Whether the processor sums int8 by uint8 products in fours (VNNI)."""
     compiled = load()

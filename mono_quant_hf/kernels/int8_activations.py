@@ -31,6 +31,7 @@ def outlier_columns(k: int) -> int:
     return min(k, max(32, k // 1024 * 32))
 
 
+@lru_cache(maxsize=4)
 def _torch_has(*units: str) -> bool:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.backends.mkldnn.is_available() and any(capabilities.get(unit) for unit in units)
@@ -38,13 +39,19 @@ def _torch_has(*units: str) -> bool:
 
 def has_units() -> bool:
     """Whether this CPU multiplies int8 in hardware, and our kernel or torch uses it."""
-    return cpu.multiplies_bytes() or _torch_has("avx512_vnni", "amx_int8")
+    if cpu.load() is None:
+        return _torch_has("avx512_vnni", "amx_int8")
+    return cpu.multiplies_bytes() or _torch_has("amx_int8")
 
 
-@lru_cache(maxsize=64)
 def by_kernel(k: int) -> bool:
     """Whether a CPU computes it by the compiled kernel: not where it has matrix units (AMX), which oneDNN uses."""
-    return cpu.multiplies_bytes() and not _torch_has("amx_int8") and outlier_columns(k) % 32 == 0
+    return cpu.load() is not None and not _torch_has("amx_int8") and outlier_columns(k) % 32 == 0
+
+
+def is_exact(k: int) -> bool:
+    """Whether the integer products of a CPU are exact: oneDNN's saturate in 16 bits where there is no VNNI."""
+    return by_kernel(k) or _torch_has("avx512_vnni", "amx_int8")
 
 
 def forward(
