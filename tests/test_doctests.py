@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mono_quant_hf
+from mono_quant_hf.modules import registry
 
 SUBMODULES = [info.name for info in pkgutil.walk_packages(mono_quant_hf.__path__, "mono_quant_hf.")]
 MODULES = ["mono_quant_hf", *sorted(name for name in SUBMODULES if not name.endswith("__main__"))]
@@ -17,6 +18,14 @@ NEEDED = {"mono_quant_hf.hub.export_gguf": "gguf"}
 """What the examples of a module import that not everyone has."""
 
 
+@pytest.fixture
+def own_registry(monkeypatch):
+    """A class that an example registers is not there for the tests to come."""
+    monkeypatch.setattr(registry, "QUANTIZED_CLASSES", registry.QUANTIZED_CLASSES.copy())
+    monkeypatch.setattr(registry, "QUANTIZED_CLASS_FINDERS", registry.QUANTIZED_CLASS_FINDERS.copy())
+
+
+@pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of(name):
     if name in NEEDED:

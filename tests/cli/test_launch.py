@@ -10,7 +10,8 @@ import mono_quant_hf
 LAUNCH = Path(mono_quant_hf.__file__).parent / "launch.py"
 # As the installed module does, and with a word to say when the import is under way.
 SCRIPT = """
-import builtins, runpy, sys
+import builtins, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # not so where the tests run in the background
 original = builtins.__import__
 def telling(name, *rest, **more):
     if name == "torch" and not hasattr(builtins, "told"):

@@ -11,7 +11,7 @@ from .test_linear import WAYS, codes
 
 # torch's own compiler does both, and one test traces on purpose.
 pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be:DeprecationWarning"),
 ]
 
