@@ -139,30 +139,28 @@ def load(case: str, folder: str) -> dict[str, float]:
         before = read_from_disk()
         started = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
-        for tensor in [*model.parameters(), *model.buffers()]:
-            read(tensor)
+        size = sum(read(tensor) for tensor in [*model.parameters(), *model.buffers()])
         seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
         "peak": memory.peak - memory.start,
         "disk": read_from_disk() - before,
-        "model": model.get_memory_footprint(),
+        "model": size,
     }
 
 
-def read(tensor: Any) -> None:
-    """Read every byte of a tensor, whatever it is made of."""
+def read(tensor: Any) -> int:
+    """Read every byte of a tensor, whatever it is made of; how many there are."""
     import torch
 
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        for name in inner()[0]:
-            read(getattr(tensor, name))
-        return
+        return sum(read(getattr(tensor, name)) for name in inner()[0])
     raw = tensor.detach().contiguous().flatten().view(torch.uint8)
     words = len(raw) // 8 * 8
     raw[:words].view(torch.int64).sum()
     raw[words:].sum()
+    return len(raw)
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:
