@@ -17,9 +17,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def int8_way():
-    """Also on a processor without the instructions, where it is only slow."""
+    """Also on a processor without the instructions, where it is only slow; pretences end with their test."""
     with use_kernel("int8"):
         yield
+    choice.decide.cache_clear()
+    choice.decide_int8.cache_clear()
 
 
 def exact(x, weight, scale, zero_point=None, bias=None):
@@ -161,7 +163,6 @@ def test_what_was_chosen_and_why(monkeypatch, caplog):
         assert choose(torch.randn(41, 640), weight, "int8").name != "int8"
     assert len(caplog.records) == 1
     assert "activations='int8' changes nothing here" in caplog.text
-    choice.decide_int8.cache_clear()
 
 
 def test_a_processor_whose_integer_products_saturate_is_left_to_the_other_ways(monkeypatch):
@@ -172,8 +173,6 @@ def test_a_processor_whose_integer_products_saturate_is_left_to_the_other_ways(m
     monkeypatch.setattr("mono_quant_hf.kernels.int8_activations._torch_has", lambda *units: False)
     assert "not exact" in choose(x, weight, "int8").reason
     result = linear(x, weight, scale, zero_point, activations="int8")
-    choice.decide_int8.cache_clear()
-    choice.decide.cache_clear()
     assert sqnr(exact(x, weight, scale, zero_point), result.double()) > 60
 
 
