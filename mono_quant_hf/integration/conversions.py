@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,8 +45,19 @@ class QuantizeWeights(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], *, model: torch.nn.Module, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: torch.nn.Module,
+        source_patterns: Sequence[str] = (),
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
+        if self.hf_quantizer.read_ahead is not None:
+            for name in (
+                *source_patterns,
+                *input_dict,
+            ):  # patterns of one name, where nothing is joined or split
+                self.hf_quantizer.read_ahead.reached(name)
         converted: dict[str, Tensor] = {}
         while input_dict:
             # Popped, so that the float tensor is freed before the next one is made.

@@ -24,6 +24,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from mono_quant_hf.config import XXH3
 
 from .checkpoint import Flaw, opener
+from .read_ahead import ReadAhead
 
 ENTRY = struct.Struct(">II")  # hash of the name and of the tensor
 
@@ -126,13 +127,14 @@ def flaws_by_fingerprint(
     recorded, converted, hashed = _decoded(checksums)
     others: set[int] = set()  # without a record
     opened = opener()
-    stored = [(file, name) for file in files for name in opened(file).keys()]  # noqa: SIM118
+    stored = [(file, name) for file in files for name in opened(file).offset_keys()]
 
     def compute(place: tuple[str, str]) -> int:
         file, name = place
+        read_ahead.reached(name)
         return fingerprint(opened(file).get_tensor(name), hashed)
 
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+    with ReadAhead(files) as read_ahead, ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         for (file, name), found in zip(stored, pool.map(compute, stored), strict=True):
             code = _of_name(name, hashed)
             if code not in recorded:

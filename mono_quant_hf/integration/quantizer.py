@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightTransform,
+    dot_natural_key,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -23,6 +28,7 @@ from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
 from .conversions import PassThrough, QuantizeWeights
 from .fingerprints import check_fingerprints, checksums_of
 from .placement import keep_tied_together
+from .read_ahead import ReadAhead
 from .replacement import giving, quantizing, replace_modules
 from .resizing import make_resizable, undo_resizable
 from .selection import Decision, aliases_of, decide, log_summary
@@ -73,6 +79,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self.quantized_modules: set[str] = set()
         self.has_experts = False
         self.may_offload = True
+        self.read_ahead: ReadAhead | None = None
         self._keep_in_fp32_strict: Any = None
 
     # Before the weights are loaded
@@ -122,6 +129,8 @@ class MonoQuantHfQuantizer(HfQuantizer):
                 *(self._keep_in_fp32_strict or ()),
                 *_weight_patterns(model),
             }
+            self.read_ahead = ReadAhead(checkpoint_files or [], dot_natural_key)  # the loader's own order
+            self.read_ahead.start()
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         if self.pre_quantized:
@@ -151,6 +160,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
     # After the weights are loaded
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.read_ahead is not None:
+            self.read_ahead.stop()
+            self.read_ahead = None  # a model with a thread could not be copied
         model._keep_in_fp32_modules_strict = self._keep_in_fp32_strict
         if self.problems:
             raise ValueError(" ".join(self.problems))
