@@ -194,7 +194,7 @@ def linear(
     if not x.is_contiguous():
         x = x.contiguous()
     n, k = weight.shape
-    out = x.new_empty((*x.shape[:-1], n))
+    out = x.new_empty(*x.shape[:-1], n)
     m = x.numel() // k
     if scale is not None and (scale.dtype is not torch.float32 or not scale.is_contiguous()):
         scale = scale.float().contiguous()

@@ -58,16 +58,23 @@ def _check(
         raise RuntimeError(
             f"the input {tuple(x.shape)} does not fit the weight {(n, k)}: its last dimension must be {k}"
         )
-    for name, tensor in (("scale", scale), ("zero_point", zero_point), ("bias", bias)):
-        if tensor is not None and (tensor.numel() != n or not tensor.is_cpu):
-            raise RuntimeError(
-                f"the {name} {tuple(tensor.shape)} on {tensor.device} does not fit the weight {(n, k)}: "
-                f"it must hold {n} values, on the CPU as the input"
-            )
+    if not (_fits(scale, n) and _fits(zero_point, n) and _fits(bias, n)):
+        tensors = (("scale", scale), ("zero_point", zero_point), ("bias", bias))
+        name, wrong = next(
+            (name, tensor) for name, tensor in tensors if tensor is not None and not _fits(tensor, n)
+        )
+        raise RuntimeError(
+            f"the {name} {tuple(wrong.shape)} on {wrong.device} does not fit the weight {(n, k)}: "
+            f"it must hold {n} values, on the CPU as the input"
+        )
     if not weight.is_cpu:
         raise RuntimeError(
             f"the input is on the CPU and the weight on {weight.device}: they must be together"
         )
+
+
+def _fits(tensor: Tensor | None, n: int) -> bool:
+    return tensor is None or (tensor.numel() == n and tensor.is_cpu)
 
 
 # ---------------------------------------------------------------- on the CPU, elsewhere, and as fakes
