@@ -99,6 +99,20 @@ def test_the_order_is_that_of_use(file, fetched):
     assert backwards != fetched
 
 
+def test_what_is_in_the_page_cache_is_not_read_again(file, monkeypatch):
+    preadv, lengths = os.preadv, []
+
+    def record(descriptor, buffers, *rest):
+        lengths.append(len(buffers[0]))
+        return preadv(descriptor, buffers, *rest)
+
+    monkeypatch.setattr(os, "preadv", record)
+    with ReadAhead([file]):
+        assert until(lambda: len(lengths) == 16)
+        assert until(lambda: not is_running())
+    assert lengths == [1] * 16
+
+
 def test_it_gives_up_where_nothing_is_used(file, fetched, monkeypatch):
     monkeypatch.setattr(read_ahead, "LEAD", 0)
     monkeypatch.setattr(read_ahead, "PATIENCE", 0.05)
