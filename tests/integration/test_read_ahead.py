@@ -24,6 +24,8 @@ def in_the_cache(file, start):
             return os.preadv(opened.fileno(), [bytearray(1)], start, os.RWF_NOWAIT) == 1
         except BlockingIOError:
             return False
+        except OSError:
+            pytest.skip("this file system does not say what is in the page cache")
 
 
 def put_out_of_the_cache(file):
@@ -52,15 +54,9 @@ def file(tmp_path):
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """The places that are read ahead, as they come."""
+    """The places that would be read ahead, as they come."""
     places = []
-    fetch = read_ahead._fetch
-
-    def record(descriptor, start, buffer):
-        places.append(start)
-        fetch(descriptor, start, buffer)
-
-    monkeypatch.setattr(read_ahead, "_fetch", record)
+    monkeypatch.setattr(read_ahead, "_fetch", lambda descriptor, start, buffer: places.append(start))
     return places
 
 
@@ -106,6 +102,7 @@ def test_what_is_in_the_page_cache_is_not_read_again(file, monkeypatch):
         lengths.append(len(buffers[0]))
         return preadv(descriptor, buffers, *rest)
 
+    assert in_the_cache(file, 0)
     monkeypatch.setattr(os, "preadv", record)
     with ReadAhead([file]):
         assert until(lambda: len(lengths) == 16)
