@@ -53,10 +53,8 @@ class QuantizeWeights(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         if self.hf_quantizer.read_ahead is not None:
-            for name in (
-                *source_patterns,
-                *input_dict,
-            ):  # patterns of one name, where nothing is joined or split
+            # Where nothing is joined or split, the pattern is the name in the file.
+            for name in (*source_patterns, *input_dict):
                 self.hf_quantizer.read_ahead.reached(name)
         converted: dict[str, Tensor] = {}
         while input_dict:

@@ -83,6 +83,14 @@ def test_it_stays_a_bounded_way_ahead_of_use(file, fetched, monkeypatch):
     assert not is_running()
 
 
+def test_it_ends_when_told_to(file, fetched, monkeypatch):
+    monkeypatch.setattr(read_ahead, "LEAD", 0)
+    with ReadAhead([file]):
+        assert until(lambda: len(fetched) == 1)
+    assert len(fetched) == 1
+    assert not is_running()
+
+
 def test_the_order_is_that_of_use(file, fetched):
     with ReadAhead([file], order=lambda name: -int(name.partition(".")[2])):
         assert until(lambda: len(fetched) == 16)
@@ -148,6 +156,7 @@ def test_a_file_that_it_cannot_read_ends_it_without_a_word(tmp_path, fetched, ki
 @pytest.mark.parametrize("device_map", [None, "auto", {"model": "cpu", "lm_head": "disk"}], ids=str)
 def test_loading_says_what_it_uses_and_ends_it(tmp_path, monkeypatch, device_map):
     tiny_models.llama().save_pretrained(tmp_path / "float", max_shard_size="20KB")
+    monkeypatch.setattr(read_ahead, "LEAD", 0)
     used = []
     monkeypatch.setattr(ReadAhead, "reached", lambda self, name: used.append(name))
     model = AutoModelForCausalLM.from_pretrained(
