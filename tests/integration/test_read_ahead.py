@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
-from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.integration import read_ahead
 from mono_quant_hf.integration.read_ahead import CHUNK, ReadAhead
 from tests import tiny_models
@@ -170,6 +170,23 @@ def test_loading_says_what_it_uses_and_ends_it(tmp_path, monkeypatch, device_map
     assert weights <= set(used)
     assert not is_running()
     copy.deepcopy(model)
+
+
+def test_names_are_also_those_of_the_files(tmp_path, monkeypatch):
+    tiny_models.llama().save_pretrained(tmp_path)
+    used = []
+    monkeypatch.setattr(ReadAhead, "reached", lambda self, name: used.append(name))
+    model = AutoModel.from_pretrained(tmp_path, quantization_config=MonoQuantConfig())
+    assert {f"model.{d.module}.weight" for d in model.hf_quantizer.decisions if d.quantized} <= set(used)
+
+
+def test_comparing_checksums_is_followed_too(tmp_path, monkeypatch):
+    quantize_model(tiny_models.llama()).save_pretrained(tmp_path)
+    used = []
+    monkeypatch.setattr(ReadAhead, "reached", lambda self, name: used.append(name))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sorted(used) == sorted(model.state_dict())
+    assert not is_running()
 
 
 def test_a_load_that_fails_leaves_nothing_running(tmp_path, monkeypatch):
