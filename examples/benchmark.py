@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from kernel_benchmark import processor
-from loading_benchmark import MB, SHAPES, make_model
+from loading_benchmark import MB, SHAPES, bytes_of, make_model
 from loading_benchmark import quantization_of as peer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 from transformers.utils import logging
@@ -165,14 +165,6 @@ def score(running: list[Case], folder: str, text: str, tokens: int, say: Callabl
             case.perplexity = perplexity(
                 case.model, tokenizer, text, max_tokens=tokens, progress=False
             ).perplexity
-
-
-def bytes_of(tensor: torch.Tensor) -> int:
-    """What a tensor takes, also one that is made of others, as torchao's and optimum-quanto's are."""
-    parts = getattr(tensor, "__tensor_flatten__", None)
-    if parts is None or type(tensor) in (torch.Tensor, torch.nn.Parameter):
-        return tensor.numel() * tensor.element_size()
-    return sum(bytes_of(getattr(tensor, name)) for name in parts()[0])
 
 
 def results_of(measured: list[Case]) -> list[dict[str, Any]]:

@@ -17,14 +17,13 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,28 +138,43 @@ def load(case: str, folder: str) -> dict[str, float]:
         before = read_from_disk()
         started = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
-        size = sum(read(tensor) for tensor in [*model.parameters(), *model.buffers()])
+        tensors = [*model.parameters(), *model.buffers()]
+        for tensor in tensors:
+            read(tensor)
         seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
         "peak": memory.peak - memory.start,
         "disk": read_from_disk() - before,
-        "model": size,
+        "model": sum(bytes_of(tensor) for tensor in tensors),
     }
 
 
-def read(tensor: Any) -> int:
-    """Read every byte of a tensor, whatever it is made of; how many there are."""
+def plain_tensors(tensor: Any) -> Iterator[Any]:
+    """Those that hold the bytes: the tensor itself, or those that torchao's and optimum-quanto's are made of."""
     import torch
 
-    inner = getattr(tensor, "__tensor_flatten__", None)
-    if inner is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return sum(read(getattr(tensor, name)) for name in inner()[0])
-    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-    words = len(raw) // 8 * 8
-    raw[:words].view(torch.int64).sum()
-    raw[words:].sum()
-    return len(raw)
+    parts = getattr(tensor, "__tensor_flatten__", None)
+    if parts is None or type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        yield tensor
+    else:
+        for name in parts()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+
+
+def bytes_of(tensor: Any) -> int:
+    return sum(part.numel() * part.element_size() for part in plain_tensors(tensor))
+
+
+def read(tensor: Any) -> None:
+    """Read every byte of a tensor, whatever it is made of."""
+    import torch
+
+    for part in plain_tensors(tensor):
+        raw = part.detach().contiguous().flatten().view(torch.uint8)
+        words = len(raw) // 8 * 8
+        raw[:words].view(torch.int64).sum()
+        raw[words:].sum()
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:
@@ -205,11 +219,11 @@ def machine() -> str:
     """Processor, cores, memory and the versions that matter, in one line."""
     import torch
     import transformers
+    from kernel_benchmark import processor
 
-    words = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     return (
-        f"{os.cpu_count()} cores of {words.strip(chr(9) + ' :') or platform.machine()}, {memory:.0f} GB; "
+        f"{os.cpu_count()} cores of {processor()}, {memory:.0f} GB; "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
 
