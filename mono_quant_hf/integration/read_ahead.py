@@ -1,7 +1,7 @@
-"""The files of a checkpoint are fetched from the disk while what came before is still being worked on.
+"""The files of a checkpoint are fetched from the disk while what came before is quantized or compared.
 
-transformers takes the tensors of a model that is quantized on load one after the other: the disk waits for the
-processor, and the processor for the disk.
+Taken one after the other, as transformers takes the tensors of a model that is quantized on load, the disk waits for
+the processor, and the processor for the disk.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ class ReadAhead:
         self._files = files
         self._order = order
         self._condition = threading.Condition()
-        self._ends: dict[
-            str, int
-        ] = {}  # how many bytes there are up to the end of each tensor, in the order of use
-        self._used = 0  # of these
+        # Bytes up to the end of each tensor, in the order of use, and how many of them were used.
+        self._ends: dict[str, int] = {}
+        self._used = 0
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="mono_quant read-ahead", daemon=True)
 

@@ -60,6 +60,14 @@ def fetched(monkeypatch):
     return places
 
 
+@pytest.fixture
+def used(monkeypatch):
+    """The names that are said to be used, as they come."""
+    names = []
+    monkeypatch.setattr(ReadAhead, "reached", lambda self, name: names.append(name))
+    return names
+
+
 def is_running():
     return any(thread.name == "mono_quant read-ahead" for thread in threading.enumerate())
 
@@ -154,11 +162,9 @@ def test_a_file_that_it_cannot_read_ends_it_without_a_word(tmp_path, fetched, ki
 
 
 @pytest.mark.parametrize("device_map", [None, "auto", {"model": "cpu", "lm_head": "disk"}], ids=str)
-def test_loading_says_what_it_uses_and_ends_it(tmp_path, monkeypatch, device_map):
+def test_loading_says_what_it_uses_and_ends_it(tmp_path, used, monkeypatch, device_map):
     tiny_models.llama().save_pretrained(tmp_path / "float", max_shard_size="20KB")
     monkeypatch.setattr(read_ahead, "LEAD", 0)
-    used = []
-    monkeypatch.setattr(ReadAhead, "reached", lambda self, name: used.append(name))
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "float",
         quantization_config=MonoQuantConfig(),
@@ -172,18 +178,14 @@ def test_loading_says_what_it_uses_and_ends_it(tmp_path, monkeypatch, device_map
     copy.deepcopy(model)
 
 
-def test_names_are_also_those_of_the_files(tmp_path, monkeypatch):
+def test_names_are_also_those_of_the_files(tmp_path, used):
     tiny_models.llama().save_pretrained(tmp_path)
-    used = []
-    monkeypatch.setattr(ReadAhead, "reached", lambda self, name: used.append(name))
     model = AutoModel.from_pretrained(tmp_path, quantization_config=MonoQuantConfig())
     assert {f"model.{d.module}.weight" for d in model.hf_quantizer.decisions if d.quantized} <= set(used)
 
 
-def test_comparing_checksums_is_followed_too(tmp_path, monkeypatch):
+def test_comparing_checksums_is_followed_too(tmp_path, used):
     quantize_model(tiny_models.llama()).save_pretrained(tmp_path)
-    used = []
-    monkeypatch.setattr(ReadAhead, "reached", lambda self, name: used.append(name))
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sorted(used) == sorted(model.state_dict())
     assert not is_running()
