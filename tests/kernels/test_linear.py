@@ -221,6 +221,10 @@ def test_shapes_that_do_not_fit(tokens):
         linear(torch.randn(tokens, 9), weight, scale, zero_point)
     with pytest.raises(RuntimeError, match="scale"):
         linear(torch.randn(tokens, 8), weight, scale[:3], zero_point)
+    with pytest.raises(RuntimeError, match=r"scale .* on meta"):
+        linear(torch.randn(tokens, 8), weight, scale.to("meta"), zero_point)
+    with pytest.raises(RuntimeError, match="zero_point"):
+        linear(torch.randn(tokens, 8), weight, scale, zero_point[:3])
     with pytest.raises(RuntimeError, match="bias"):
         linear(torch.randn(tokens, 8), weight, scale, zero_point, torch.randn(7))
 
