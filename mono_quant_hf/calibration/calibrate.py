@@ -122,7 +122,9 @@ def rounds_with_moments(target: QuantizedModule) -> bool:
         False
     """
     return (
-        target.weights == "int8" and list(target.weight_axes) == ["weight"] and layout_of(target) is not None
+        target.quantization.weights == "int8"
+        and list(target.weight_axes) == ["weight"]
+        and layout_of(target) is not None
     )
 
 
@@ -147,7 +149,9 @@ def balance(module: nn.Module, target: QuantizedModule) -> QuantizedModule:
     layout = layout_of(module)
     assert layout is not None
     matrix = layout.matrix(module.get_parameter("weight").detach())
-    _, scale, zero_point = quantize_to_codes(matrix, target.symmetric, tuple(range(matrix.dim() - 1)))
+    _, scale, zero_point = quantize_to_codes(
+        matrix, target.quantization.symmetric, tuple(range(matrix.dim() - 1))
+    )
     codes = round_balanced(matrix, scale, zero_point)
     for key, tensor in (("weight", codes), ("weight_scale", scale), ("weight_zero_point", zero_point)):
         if tensor is not None:
@@ -299,7 +303,7 @@ class _Calibration:
     def _codes(self, layer: _Layer, moments: Moments) -> tuple[Tensor, Tensor, Tensor | None]:
         matrix = layer.layout.matrix(layer.float_weight).float()
         _, scale, zero_point = quantize_to_codes(
-            matrix, layer.target.symmetric, tuple(range(matrix.dim() - 1))
+            matrix, layer.target.quantization.symmetric, tuple(range(matrix.dim() - 1))
         )
         settings = self.compensation
         if moments.drift.dim():
@@ -354,7 +358,7 @@ class _Calibration:
         digest = hashlib.sha256(json.dumps(asdict(self.compensation)).encode())
         for name, layer in self.layers.items():
             weight = layer.float_weight
-            digest.update(f"{name} {list(weight.shape)} {layer.target.symmetric}".encode())
+            digest.update(f"{name} {list(weight.shape)} {layer.target.quantization.symmetric}".encode())
             digest.update(str(weight.flatten()[:16].tolist()).encode())
         for batch in self.batches:
             for key, value in batch.items():

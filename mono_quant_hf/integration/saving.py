@@ -40,14 +40,17 @@ def config_of_modules(model: nn.Module) -> MonoQuantConfig:
         ValueError: no module is quantized.
     """
     kinds: dict[str, dict[str, Any]] = {}
-    rounds_inputs = any(isinstance(m, QuantizedModule) and m.activations is not None for m in model.modules())
+    rounds_inputs = any(
+        isinstance(m, QuantizedModule) and m.quantization.activations is not None for m in model.modules()
+    )
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
-            kinds[name] = {"weights": module.weights}
-            if module.weights == "int8":
-                kinds[name]["symmetric"] = module.symmetric
+            settings = module.quantization
+            kinds[name] = {"weights": settings.weights}
+            if settings.weights == "int8":
+                kinds[name]["symmetric"] = settings.symmetric
                 if rounds_inputs and module.quantizes_activations:
-                    kinds[name]["activations"] = module.activations
+                    kinds[name]["activations"] = settings.activations
         elif quantized_class_for(module) is not None:
             kinds[name] = {"weights": "float"}
     counts = Counter(json.dumps(kind) for kind in kinds.values() if kind["weights"] != "float")

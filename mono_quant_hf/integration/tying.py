@@ -131,7 +131,13 @@ def withdraw_tied_companions(model: PreTrainedModel) -> None:
         if not isinstance(part, PreTrainedModel):
             continue
         declared = part.all_tied_weights_keys
-        companions = [key for key in declared if key.endswith(_SUFFIXES[1:])]
+        there = {name for name, _ in part.named_parameters(remove_duplicate=False)}
+        companions = {
+            key
+            for key in declared.keys() - there
+            for suffix in _SUFFIXES[1:]
+            if key.removesuffix(suffix) in declared
+        }
         if not companions:
             continue
         part.all_tied_weights_keys = {key: declared[key] for key in declared if key not in companions}

@@ -52,12 +52,12 @@ def dequantized_by_hand(float_model, quantized_model):
     """The float model with each quantized weight replaced by what core's codes stand for."""
     for name, module in quantized(quantized_model).items():
         weight = float_model.get_submodule(name).weight
-        if module.weights == "float16":
+        if module.quantization.weights == "float16":
             weight.data = weight.data.half().to(weight.dtype)
         else:
-            weight.data = dequantize_codes(*quantize_to_codes(weight.data.float(), module.symmetric)).to(
-                weight.dtype
-            )
+            weight.data = dequantize_codes(
+                *quantize_to_codes(weight.data.float(), module.quantization.symmetric)
+            ).to(weight.dtype)
     return float_model
 
 
