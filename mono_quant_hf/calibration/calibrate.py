@@ -19,13 +19,8 @@ from tqdm.auto import tqdm
 
 from mono_quant_hf.core import quantize_to_codes
 from mono_quant_hf.core.rounding import damped, factorized, round_balanced, round_compensated
-from mono_quant_hf.modules import (
-    QuantizedConv1d,
-    QuantizedConv1DProjection,
-    QuantizedConv2d,
-    QuantizedLinear,
-    QuantizedModule,
-)
+from mono_quant_hf.modules import QuantizedModule
+from mono_quant_hf.modules.base import stored_names
 
 from .layouts import Layout, Moments, layout_of
 from .stages import Blocks, Inputs, Stage, block_pass, inputs_of
@@ -65,10 +60,6 @@ class Compensation:
             raise ValueError(f"drift is {self.drift}, but it must be from 0 to 1.")
 
 
-# Modules whose forward is one matrix product with the weight, and nothing else.
-_PLAIN = (QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv1DProjection)
-
-
 @dataclass
 class _Layer:
     """A module at work: still a float one, which computes with its float or with its rounded weight."""
@@ -88,15 +79,13 @@ class _Layer:
 
     def settle(self, codes: Tensor | None, scale: Tensor | None, zero_point: Tensor | None) -> None:
         """Fill the quantized module, and be able to compute with what it stands for."""
-        tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero_point}
-        for key, tensor in tensors.items():
-            if tensor is not None:
-                self.target._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+        _put(self.target, codes, scale, zero_point)
         self.rounded_weight = self.target.dequantized("weight", self.float_weight.dtype)
 
     def load(self, stored: Mapping[str, Tensor]) -> None:
         """`settle` with what `tensors` gave in an earlier run, by full name."""
-        found = (stored.get(f"{self.name}.{key}") for key in ("weight", "weight_scale", "weight_zero_point"))
+        names = stored_names("weight", "int8", symmetric=False)
+        found = (stored.get(f"{self.name}.{key}") for key in names)
         device = self.float_weight.device
         self.settle(*(None if tensor is None else tensor.to(device) for tensor in found))
 
@@ -153,11 +142,18 @@ def balance(module: nn.Module, target: QuantizedModule) -> QuantizedModule:
         matrix, target.quantization.symmetric, tuple(range(matrix.dim() - 1))
     )
     codes = round_balanced(matrix, scale, zero_point)
-    for key, tensor in (("weight", codes), ("weight_scale", scale), ("weight_zero_point", zero_point)):
-        if tensor is not None:
-            value = layout.weight(tensor).contiguous()
-            target._parameters[key] = nn.Parameter(value, requires_grad=False)
+    restored = (
+        None if tensor is None else layout.weight(tensor).contiguous()
+        for tensor in (codes, scale, zero_point)
+    )
+    _put(target, *restored)
     return target
+
+
+def _put(target: QuantizedModule, *tensors: Tensor | None) -> None:
+    """Fill a quantized module with codes, scale and, where it has them, zero-points."""
+    names = stored_names("weight", "int8", symmetric=False)
+    target.put({name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None})
 
 
 def calibrate(
@@ -199,7 +195,7 @@ def calibrate(
         ...            for name in ("0", "2")}
         >>> calibrate(model, targets, [{"input": torch.randn(64, 16)}])
         []
-        >>> targets["2"].weight.dtype, model[2].weight.dtype
+        >>> targets["2"].weight_int8.dtype, model[2].weight.dtype
         (torch.int8, torch.float32)
     """
     if not batches:

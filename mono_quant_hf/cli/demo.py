@@ -217,7 +217,7 @@ def _stored(model: nn.Module) -> Stored:
 
     return Stored(
         linears=len(linears),
-        weights=held("weight"),
+        weights=held("weight_int8") + held("weight_float16"),
         scales=held("weight_scale"),
         zero_points=held("weight_zero_point"),
         weights_as_float32=sum(linear.weight.numel() * 4 for linear in linears),

@@ -373,7 +373,7 @@ def _describe(model: nn.Module, decision: Decision, float_weight: FloatWeight) -
         return report
     signals, noises, at_ends, codes, sources = [], [], 0, 0, set()
     for name, axis in module.weight_axes.items():
-        stored = module.get_parameter(name).detach()
+        stored = module.stored(name)[0].detach()
         full_name = f"{decision.module}.{name}" if decision.module else name
         exact = float_weight(full_name)
         if exact is not None and (exact.shape != stored.shape or not exact.is_floating_point()):
@@ -434,18 +434,18 @@ def _module_bytes_in_float(model: nn.Module, module: nn.Module) -> int:
     if not isinstance(module, QuantizedModule):
         return sum(p.nbytes for p in module._parameters.values() if p is not None)
     storage = set(module.storage_names())
-    weights = sum(module.get_parameter(name).numel() for name in module.weight_axes)
+    weights = sum(module.stored(name)[0].numel() for name in module.weight_axes)
     rest = sum(p.nbytes for n, p in module._parameters.items() if p is not None and n not in storage)
     return weights * _float_bytes(model) + rest
 
 
 def _parameters_in_float(module: nn.Module) -> int:
     """Elements of its own parameters, without scales and zero-points."""
-    own = {name: p for name, p in module._parameters.items() if p is not None}
+    storage = module.storage_names() if isinstance(module, QuantizedModule) else ()
+    rest = sum(p.numel() for n, p in module._parameters.items() if p is not None and n not in storage)
     if isinstance(module, QuantizedModule):
-        companions = {key for name in module.weight_axes for key in module.companions(name)}
-        own = {name: p for name, p in own.items() if name not in companions}
-    return sum(p.numel() for p in own.values())
+        rest += sum(module.stored(name)[0].numel() for name in module.weight_axes)
+    return rest
 
 
 def _bytes_in_float(model: nn.Module, found: Mapping[str, QuantizedModule]) -> int:

@@ -76,7 +76,7 @@ def export_bitsandbytes(
     def rewrite(name: str, module: QuantizedModule) -> dict[str, Tensor] | None:
         if not _is_target(module):
             return None
-        codes, scale = module.get_parameter("weight").detach(), module.get_parameter("weight_scale").detach()
+        codes, scale = (module.get_parameter(name).detach() for name in module.storage_names())
         if isinstance(module, QuantizedConv1DProjection):  # stored [in, out]
             codes = codes.T.contiguous()
         return {

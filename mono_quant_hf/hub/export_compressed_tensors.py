@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from mono_quant_hf.modules import QuantizedExperts, QuantizedLinear, QuantizedModule, quantized_class_for
+from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
+from mono_quant_hf.modules.experts import expert_weights
 
 from .errors import HubError
 from .exporting import float_linears, load_quantized, notice, rewritten, save_as, skeleton_like
@@ -97,16 +98,15 @@ def export_compressed_tensors(
     def rewrite(name: str, module: QuantizedModule) -> dict[str, Tensor] | None:
         if not _is_target(module):
             return None
-        codes, scale = module.get_parameter("weight").detach(), module.get_parameter("weight_scale").detach()
+        codes, scale, zero_point = (None if t is None else t.detach() for t in module.stored())
+        assert codes is not None and scale is not None
         if format == PACK_QUANTIZED:
             shape = torch.tensor(codes.shape, dtype=torch.int64)
             return {"weight_packed": pack(codes), "weight_scale": scale, "weight_shape": shape}
         tensors = {"weight": codes, "weight_scale": scale}
         if not symmetric:
-            zero_point = module.weight_zero_point
-            tensors["weight_zero_point"] = (
-                torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point.detach()
-            )
+            none = torch.zeros_like(scale, dtype=torch.int8)
+            tensors["weight_zero_point"] = none if zero_point is None else zero_point
         return tensors
 
     result = rewritten(model, rewrite)
@@ -190,10 +190,13 @@ def _is_target(module: nn.Module) -> bool:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    quantized_class = quantized_class_for(module)
-    return isinstance(module, QuantizedExperts) or (
-        quantized_class is not None and issubclass(quantized_class, QuantizedExperts)
-    )
+    if isinstance(module, QuantizedModule):
+        return any(
+            module.stored(name)[0].dim() == 3
+            for name in module.weight_axes
+            if not isinstance(module, nn.Conv1d)
+        )
+    return bool(expert_weights(module))
 
 
 def _with_checkpoint_names(model: PreTrainedModel, names: list[str]) -> list[str]:

@@ -162,8 +162,10 @@ def _add_tensors(writer: Any, model: PreTrainedModel, architecture: Any, permute
             raise HubError("The model is offloaded; load it without a device_map to export it.")
         if key in tied or key.endswith("rotary_emb.inv_freq"):
             continue
-        if isinstance(module, QuantizedModule) and parameter not in ("weight", "bias"):
-            continue
+        if isinstance(module, QuantizedModule) and parameter != "bias":
+            if parameter not in ("weight_int8", "weight_float16"):
+                continue
+            key, parameter = f"{owner}.weight", "weight"
         new = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise HubError(f"{key} has no name in GGUF, so the model cannot be written.")
@@ -187,7 +189,7 @@ def _add_tensors(writer: Any, model: PreTrainedModel, architecture: Any, permute
 
 def _quantized(module: QuantizedModule, heads: int | None, gguf: Any) -> tuple[_Entry, bool]:
     """The weight of a quantized module, and whether it was rounded once more."""
-    stored = module.get_parameter("weight").detach()
+    stored = module.stored()[0].detach()
     fits = (
         isinstance(module, QuantizedLinear)
         and module.quantization.weights == "int8"

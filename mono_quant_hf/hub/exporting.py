@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from mono_quant_hf.config import QUANT_METHOD
 from mono_quant_hf.modules import QuantizedModule
+from mono_quant_hf.modules.base import DTYPE_NAME
 
 from .errors import HubError
 from .facts import model_class_of, quantization_of
@@ -82,17 +83,17 @@ def rewritten(model: PreTrainedModel, rewrite: Rewrite) -> Rewritten:
     tied = _storages_of_several(modules.values())
     for name, module in modules.items():
         # Its bias stays; buffers are its own, the float module has none.
-        for key in [*module.storage_names(), *module._buffers]:
+        for key in [*module.storage_names(), DTYPE_NAME, *module._buffers]:
             tensors.pop(f"{name}.{key}", None)
         # A head that is tied to an embedding would be tied to codes there.
-        is_tied = any(module.get_parameter(key).data_ptr() in tied for key in module.weight_axes)
+        is_tied = any(module.stored(key)[0].data_ptr() in tied for key in module.weight_axes)
         new = None if is_tied else rewrite(name, module)
         if new is None:
             as_float[name] = module.quantization.float_class.__name__
             new = {}
             for key in module.weight_axes:
                 # Tied weights stay one tensor, so that they are written once.
-                stored = module.get_parameter(key)
+                stored = module.stored(key)[0]
                 if stored.data_ptr() not in shared:
                     shared[stored.data_ptr()] = module.dequantized(key, dtype)
                 new[key] = shared[stored.data_ptr()]
@@ -104,7 +105,7 @@ def rewritten(model: PreTrainedModel, rewrite: Rewrite) -> Rewritten:
 
 def _storages_of_several(modules: Iterable[QuantizedModule]) -> set[int]:
     """Addresses of the weights that more than one module holds."""
-    counts = Counter(module.get_parameter(key).data_ptr() for module in modules for key in module.weight_axes)
+    counts = Counter(module.stored(key)[0].data_ptr() for module in modules for key in module.weight_axes)
     return {address for address, count in counts.items() if count > 1}
 
 

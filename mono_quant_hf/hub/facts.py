@@ -14,8 +14,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.auto import modeling_auto
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
-from mono_quant_hf.integration.checkpoint import StoredTensor, decide_by_checkpoint, read_headers
-from mono_quant_hf.integration.selection import Decision, aliases_of, decide
+from mono_quant_hf.integration.checkpoint import (
+    StoredTensor,
+    decide_by_checkpoint,
+    read_headers,
+    stems_of_codes,
+    stored_in_model,
+)
+from mono_quant_hf.integration.selection import Decision, decide
 
 from .errors import HubError
 from .folders import read_json, weight_files
@@ -115,10 +121,8 @@ def read_facts(folder: str | os.PathLike[str]) -> CheckpointFacts:
     stored = read_headers([str(file) for file in files])
     config = MonoQuantConfig.from_dict(settings)
     skeleton = skeleton_of(folder)
-    decisions = decide_by_checkpoint(decide(skeleton, config), stored, aliases_of(skeleton))
-    companions = {
-        name for name in stored if name.endswith(("_scale", "_zero_point")) and _owner(name) in stored
-    }
+    decisions = decide_by_checkpoint(skeleton, decide(skeleton, config), stored_in_model(skeleton, stored))
+    companions = {f"{stem}_{suffix}" for stem in stems_of_codes(stored) for suffix in ("scale", "zero_point")}
     return CheckpointFacts(
         architecture=type(skeleton).__name__,
         auto_class=auto_class_of(type(skeleton).__name__),
@@ -180,10 +184,6 @@ def _counted_once(model: PreTrainedModel, decisions: list[Decision]) -> list[Dec
         counted.append(replace(decision, parameters=sum(n for key, n in own.items() if key not in seen)))
         seen |= own.keys()
     return counted
-
-
-def _owner(name: str) -> str:
-    return name.removesuffix("_scale").removesuffix("_zero_point")
 
 
 def size_of(tensor: StoredTensor) -> int:

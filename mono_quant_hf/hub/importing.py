@@ -215,7 +215,7 @@ def _take_compressed(folder: Path, settings: dict[str, Any], new: Path) -> MonoQ
             return {name: load(name)}
         shape = (len(codes), 1)
         scale = load(f"{base}.weight_scale").float().reshape(-1, 1).expand(shape).contiguous()
-        tensors = {f"{base}.weight": codes, f"{base}.weight_scale": scale}
+        tensors = {f"{base}.weight_int8": codes, f"{base}.weight_scale": scale}
         if zero_points:
             zero_point = torch.zeros(shape, dtype=torch.int8)
             if f"{base}.weight_zero_point" in stored:
@@ -285,7 +285,7 @@ def _take_bitsandbytes(folder: Path, settings: dict[str, Any], new: Path) -> Mon
         codes, scale = load(name), (load(f"{base}.SCB").float() / 127).reshape(-1, 1)
         if base in transposed:
             codes, scale = codes.T.contiguous(), scale.T.contiguous()
-        return {name: codes, f"{base}.weight_scale": scale}
+        return {f"{base}.weight_int8": codes, f"{base}.weight_scale": scale}
 
     _convert_files(folder, new, convert)
     return MonoQuantConfig(symmetric=True)

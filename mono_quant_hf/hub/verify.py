@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.core import calculate_scale_zp_per_channel
@@ -26,10 +27,13 @@ from mono_quant_hf.integration.checkpoint import (
     flaws_of_stored_tensors,
     opener,
     read_headers,
+    stems_of_codes,
+    stored_in_model,
 )
 from mono_quant_hf.integration.expected import expected_tensors
 from mono_quant_hf.integration.fingerprints import flaws_by_fingerprint
 from mono_quant_hf.integration.selection import aliases_of, decide
+from mono_quant_hf.modules.base import DTYPE_NAME
 
 from .errors import HubError
 from .facts import quantization_of, size_of, skeleton_of
@@ -272,24 +276,18 @@ class _Verifying:
     # Tensors
 
     def _tensors(self, model: PreTrainedModel, config: MonoQuantConfig, config_file: Path) -> None:
-        aliases = aliases_of(model)
         planned = decide(model, config)
-        try:
-            decisions = decide_by_checkpoint(planned, self.stored, aliases)
-        except ValueError as problem:
-            name = next(
-                (n for n, t in self.stored.items() if str(problem).startswith(f"{n} in {t.file} is")), ""
-            )
-            self.says(self.stored[name].file if name else config_file, name, str(problem))
-            return
+        stored = stored_in_model(model, self.stored)
+        decisions = decide_by_checkpoint(model, planned, stored)
         for before, after in zip(planned, decisions, strict=True):
-            key = next((k for a in aliases(after.module) if (k := f"{a}.weight") in self.stored), None)
+            key = next(
+                (k for k in stored if k.startswith(f"{after.module}.") and k.endswith("_zero_point")), None
+            )
             if key and before.symmetric and after.weights == "int8" and after.symmetric is False:
-                file = self.stored[f"{key}_zero_point"].file
                 self.says(
-                    file,
-                    f"{key}_zero_point",
-                    f"{key}_zero_point is in {file}, but {config_file} says symmetric; save the quantized model again.",
+                    stored[key].file,
+                    key,
+                    f"{key} is in {stored[key].file}, but {config_file} says symmetric; save the quantized model again.",
                 )
         other = [a.module for b, a in zip(planned, decisions, strict=True) if b.weights != a.weights]
         if other:
@@ -297,8 +295,8 @@ class _Verifying:
                 f"{len(other)} modules are stored otherwise than the config says, such as {other[0]}; they are loaded "
                 "as they are stored."
             )
-        expected = expected_tensors(model, config, decisions)
-        for flaw in flaws_of_stored_tensors(model, self.stored, aliases):
+        expected = expected_tensors(model, decisions)
+        for flaw in flaws_of_stored_tensors(model, stored):
             self.add(flaw)
         self._compare_names(model, expected, config_file)
 
@@ -359,32 +357,24 @@ class _Verifying:
                     self.add(flaw)
 
     def _values(self) -> None:
-        scales = [name for name in self._codes() if f"{name}_scale" in self.stored]
         odd = []
-        for name in scales:
-            key = f"{name}_scale"
-            if self.stored[key].dtype == "F32":
+        for stem in stems_of_codes(self.stored):
+            key = f"{stem}_scale"
+            if key in self.stored and self.stored[key].dtype == "F32":
                 for flaw in flaws_of_scale(key, self.stored[key].file, self.opened):
                     self.add(flaw)
-            if f"{name}_zero_point" not in self.stored and int(self._load(name).min()) == -128:
-                odd.append(name)
+            if f"{stem}_zero_point" not in self.stored and int(self._load(f"{stem}_int8").min()) == -128:
+                odd.append(stem)
         if odd:
             self.notes.append(
                 f"{len(odd)} symmetric weights hold the code -128, such as {odd[0]}: mono_quant_hf itself rounds to "
                 "-127 to 127, other libraries do not; it is read as it is."
             )
         for name, tensor in self.stored.items():
-            if (
-                tensor.dtype == "F16"
-                and name.endswith(".weight")
-                and not bool(self._load(name).isfinite().all())
-            ):
+            if name.endswith("_float16") and not bool(self._load(name).isfinite().all()):
                 self.says(
                     tensor.file, name, f"{name} in {tensor.file} holds NaN or infinite values; save it again."
                 )
-
-    def _codes(self) -> Iterator[str]:
-        return (n for n, t in self.stored.items() if t.dtype == "I8" and not n.endswith("_zero_point"))
 
     def _load(self, name: str) -> Tensor:
         tensor: Tensor = self.opened(self.stored[name].file).get_tensor(name)
@@ -400,36 +390,36 @@ class _Verifying:
             raise HubError(f"{source} is quantized itself; give the float model.")
         exact = read_headers([str(file) for file in weight_files(folder)])
         assert self.model is not None
-        aliases = aliases_of(self.model)
         broken = {tensor for _, tensor in self.flaws}
-        companions = tuple(
-            f"{name}{suffix}" for name in self._codes() for suffix in ("_scale", "_zero_point")
-        )
-        names = [name for name in self.stored if name not in companions]
-        half_precision = self.config is not None and self.config.weights == "float16"
+        float_names = {f"{stem}_int8": stem for stem in stems_of_codes(self.stored)}
+        float_names |= {n: n.removesuffix("_float16") for n in self.stored if n.endswith("_float16")}
+        made = {f"{stem}_{suffix}" for stem in float_names.values() for suffix in ("scale", "zero_point")}
+        names = [name for name in self.stored if name not in made and not name.endswith(f".{DTYPE_NAME}")]
         missing = []
         with self._bar(len(names), "float weights") as bar:
             for name in names:
                 bar.update()
-                key = next((alias for alias in aliases(name) if alias in exact), None)
-                if key is None:
-                    missing.append(name)
-                elif exact[key].shape != self.stored[name].shape:
-                    self.says(
-                        self.stored[name].file,
-                        name,
-                        f"{name} has shape {list(self.stored[name].shape)}, in {source} it has "
-                        f"{list(exact[key].shape)}; is that the float model it was made from?",
-                    )
-                elif not broken.intersection((name, f"{name}_scale", f"{name}_zero_point")):
-                    float_weight = self.opened(exact[key].file).get_tensor(key)
-                    self._compare(name, float_weight, source, half_precision)
-        if any(self.stored[name].dtype == "I8" for name in missing):
-            name = next(name for name in missing if self.stored[name].dtype == "I8")
+                stem = float_names.get(name, name)
+                if broken.intersection((name, f"{stem}_scale", f"{stem}_zero_point")):
+                    continue
+                for key, parts in self._parts(name, stem, exact).items():
+                    if key not in exact:
+                        missing.append(name)
+                    elif exact[key].shape != tuple(parts[0].shape):
+                        self.says(
+                            self.stored[name].file,
+                            name,
+                            f"{name} has shape {list(parts[0].shape)}, in {source} it has "
+                            f"{list(exact[key].shape)}; is that the float model it was made from?",
+                        )
+                    else:
+                        self._compare(name, parts, self.opened(exact[key].file).get_tensor(key), source)
+        quantized = next((name for name in missing if name in float_names), None)
+        if quantized is not None:
             self.says(
-                self.stored[name].file,
-                name,
-                f"{name} is not in {source}, so it cannot be compared; is that the float model it was made from?",
+                self.stored[quantized].file,
+                quantized,
+                f"{quantized} is not in {source}, so it cannot be compared; is that the float model it was made from?",
             )
         calibrated = [weight for weight in self.weights if weight.rounding == "calibrated"]
         if calibrated:
@@ -439,21 +429,32 @@ class _Verifying:
                 f"weight, and codes chosen otherwise, up to {most.steps:.1f} steps away ({most.tensor})."
             )
 
-    def _compare(self, name: str, weight: Tensor, source: str, half_precision: bool) -> None:
-        stored, file = self._load(name), self.stored[name].file
+    def _parts(self, name: str, stem: str, exact: dict[str, StoredTensor]) -> dict[str, list[Tensor]]:
+        """A stored tensor, with scale and zero-point, by its name in the float checkpoint; in several where that has it
+        in several, as the weights of experts are.
+        """
+        assert self.model is not None
+        companions = (f"{stem}_scale", f"{stem}_zero_point") if name.endswith("_int8") else ()
+        tensors = [self._load(key) for key in (name, *companions) if key in self.stored]
+        key = next((alias for alias in aliases_of(self.model)(stem) if alias in exact), None)
+        if key is not None:
+            return {key: tensors}
+        split = [revert_weight_conversion(skeleton_of(self.folder), {stem: tensor}) for tensor in tensors]
+        return {key: [parts[key] for parts in split] for key in split[0]}
+
+    def _compare(self, name: str, parts: list[Tensor], weight: Tensor, source: str) -> None:
+        stored, file = parts[0], self.stored[name].file
         if stored.dtype is not torch.int8:
             # bfloat16 and float32 may hold the same numbers; what is float on both sides was only cast.
             cast = weight.to(stored.dtype)
             if not torch.equal(cast.nan_to_num(), stored.nan_to_num()):
                 self.says(file, name, f"{name} in {file} differs from that of {source}; is it that model's?")
-            elif half_precision and stored.dtype is torch.float16 and stored.dim() > 1:
+            elif name.endswith("_float16"):
                 noise = float((weight.double() - stored.double()).square().sum())
                 sqnr = decibels(float(weight.double().square().sum()), noise)
                 self.weights.append(ComparedWeight(name, "float16", "nearest", sqnr, None, None))
             return
-        scale = self._load(f"{name}_scale")
-        key = f"{name}_zero_point"
-        zero_point = self._load(key) if key in self.stored else None
+        scale, zero_point = parts[1], parts[2] if len(parts) > 2 else None
         steps, moved, sqnr = _distance(weight, stored, scale, zero_point)
         rounding = "nearest"
         if steps > HALF_A_STEP:

@@ -27,8 +27,6 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +35,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from mono_quant_hf.core import dequantize_codes, sqnr
 from mono_quant_hf.modules import QuantizedModule
+from mono_quant_hf.modules.base import stored_names, twin_of
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -46,95 +45,71 @@ DECIBELS_OF_A_BIT = 6
 class OnQuantized:
     """Mixin of PEFT's layers whose base layer is quantized.
 
-    PEFT's own methods run unchanged, but see a float module in the place of the quantized one wherever they read or
-    write its weight: the norm of DoRA is that of the dequantized weight, and a merge, safe or not, is one of float32
-    weights, which are quantized again when all went well. The tensors from before are kept for `unmerge`.
+    PEFT's own methods run unchanged and meet the float weight that the base layer shows. Only a merge changes it: the
+    base layer is then float while PEFT adds to it, and quantized again. What it was before is kept for `unmerge`.
     """
 
-    before_merge: dict[str, nn.Parameter | None]
-    """The parameters of the quantized module as they were, while adapters are merged."""
+    before_merge: QuantizedModule
+    """A twin of the base layer as it was, while adapters are merged."""
     merged_adapters: list[str]
 
-    def get_base_layer(self) -> nn.Module:
-        """The base layer in float, as PEFT computes with it; the quantized module is the attribute `base_layer`."""
-        base = super().get_base_layer()  # type: ignore[misc]
-        return _float_view(base, self._adapter_dtype()) if isinstance(base, QuantizedModule) else base
-
-    @property
-    def weight(self) -> Tensor:
-        """The codes, which other modules may ask for their dtype, as they would of the quantized module."""
-        return super().get_base_layer().weight  # type: ignore[misc]
-
     def update_layer(self, *args: Any, **kwargs: Any) -> Any:
-        with self._float_base(lazy=True) as (quantized, view):
-            result = super().update_layer(*args, **kwargs)  # type: ignore[misc]
-        for name in quantized.weight_axes if view is not quantized else ():
-            made = dict.get(view._parameters, name)
-            if made is None or made.is_meta:  # offloaded; no initialization reads it
-                continue
-            if not torch.equal(made.data, quantized.dequantized(name)):
-                raise ValueError(
-                    f"{_name_of(quantized)} is quantized, and this initialization of the adapter (pissa, olora, corda, "
-                    "loftq and the like) would change its weight; use init_lora_weights=True, or dequantize() the "
-                    "model first."
-                )
-        return result
+        try:
+            return super().update_layer(*args, **kwargs)  # type: ignore[misc]
+        except (AttributeError, RuntimeError) as problem:
+            base = super().get_base_layer()  # type: ignore[misc]
+            if not isinstance(base, QuantizedModule) or not str(problem).startswith("Expected no change"):
+                raise
+            raise ValueError(
+                f"{_name_of(base)} is quantized, and this initialization of the adapter (pissa, olora, corda, loftq and "
+                "the like) would change its weight; use init_lora_weights=True, or dequantize() the model first."
+            ) from problem
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters in float32 and quantize the result; what was merged before is not rounded twice."""
-        quantized = super().get_base_layer()  # type: ignore[misc]
-        if not isinstance(quantized, QuantizedModule):  # PEFT calls itself, on the float module
+        module = super().get_base_layer()  # type: ignore[misc]
+        if not isinstance(module, QuantizedModule):  # PEFT calls itself, on the float module
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
-        if getattr(getattr(quantized, "_hf_hook", None), "offload", False):
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(
-                f"{_name_of(quantized)} is offloaded, where PEFT would lose what is merged; load the model without "
+                f"{_name_of(module)} is offloaded, where PEFT would lose what is merged; load the model without "
                 "offload to merge adapters."
             )
-        already, before = list(self.merged_adapters), dict(quantized._parameters)
         names = _tuners_utils().check_adapters_to_merge(self, adapter_names)
         if not names:
             return None
-        if already:
-            self._put_back(quantized)
+        already, now = list(self.merged_adapters), twin_of(module)
+        before = self._before(module) if already else now
         try:
             self.merged_adapters = []
-            with self._float_base() as (_, merged):
-                super().merge(safe_merge=safe_merge, adapter_names=[*already, *names])  # type: ignore[misc]
-            unmerged = dict(quantized._parameters)
-            if len(self.merged_adapters) > len(already):
-                _quantize_again(quantized, merged)
-                self.before_merge = unmerged
-            else:
-                quantized._parameters.update(before)
+            twin_of(before).lend_to(module).dequantize(torch.float32)
+            for key, parameter in module._parameters.items():  # a merge adds to a bias in place
+                if parameter is not None and key not in before.weight_axes:
+                    module._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            super().merge(safe_merge=safe_merge, adapter_names=[*already, *names])  # type: ignore[misc]
+            merged = _quantized_again(before, module) if len(self.merged_adapters) > len(already) else now
         except BaseException:
-            quantized._parameters.update(before)
             self.merged_adapters = already
+            now.lend_to(module)
             raise
+        merged.lend_to(module)
+        if merged is not now:
+            self.before_merge = before
 
     def unmerge(self) -> None:
         """Put the codes, scales, zero-points and bias from before the merge back, to the bit."""
-        quantized = super().get_base_layer()  # type: ignore[misc]
-        if not isinstance(quantized, QuantizedModule) or not self.merged_adapters:
+        module = super().get_base_layer()  # type: ignore[misc]
+        if not isinstance(module, QuantizedModule) or not self.merged_adapters:
             return super().unmerge()  # type: ignore[misc]
-        with self._float_base():  # PEFT keeps its books; the weight it computes is thrown away
-            super().unmerge()  # type: ignore[misc]
-        self._put_back(quantized)
+        before = self._before(module)
+        module.dequantize()
+        super().unmerge()  # type: ignore[misc]  # PEFT keeps its books; the weight it computes is thrown away
+        before.lend_to(module)
         del self.before_merge
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """With int8 codes under a path that no float model has, such as `base_layer.asymmetric_int8.weight`.
-
-        PEFT saves the base layer of an embedding or a head together with its adapter. A float model that loads the
-        adapter would take `base_layer.weight` for its own.
-        """
-        tensors = super().state_dict(*args, prefix=prefix, **kwargs)  # type: ignore[misc]
-        base = self._modules["base_layer"]  # type: ignore[attr-defined]
-        if isinstance(base, QuantizedModule) and base.quantization.weights == "int8":
-            for name in base.storage_names():
-                tensors[f"{prefix}base_layer.{_form(base)}.{name}"] = tensors.pop(
-                    f"{prefix}base_layer.{name}"
-                )
-        return tensors
+    def _before(self, module: QuantizedModule) -> QuantizedModule:
+        """The base layer as it was before the merge, where it is now."""
+        return self.before_merge.to(device=next(module.parameters()).device, dtype=module.quantization.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # torch hands what is left in `state_dict` to the base layer next.
@@ -150,51 +125,6 @@ class OnQuantized:
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return super().get_base_layer()  # type: ignore[misc]
-
-    def _put_back(self, quantized: QuantizedModule) -> None:
-        for name, kept in self.before_merge.items():
-            now = quantized._parameters[name]
-            if kept is not None and now is not None and kept.device != now.device:
-                kept.data = kept.data.to(now.device)
-            quantized._parameters[name] = kept
-
-    @contextmanager
-    def _float_base(self, lazy: bool = False) -> Iterator[tuple[Any, Any]]:
-        """Put a float module in the place of the base layer; yields the quantized module and the float one."""
-        holder: Any = self
-        while hasattr(holder.base_layer, "base_layer"):
-            holder = holder.base_layer
-        quantized = holder.base_layer
-        if not isinstance(quantized, QuantizedModule):
-            yield quantized, quantized
-            return
-        view = _float_view(quantized, torch.float32) if lazy else quantized.to_float()
-        for name, parameter in () if lazy else view._parameters.items():
-            if parameter is not None and name not in quantized.weight_axes:
-                # A bias, which a merge adds to in place.
-                view._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        holder._modules["base_layer"] = view
-        try:
-            yield quantized, view
-        finally:
-            holder._modules["base_layer"] = quantized
-
-    def _adapter_dtype(self) -> torch.dtype:
-        """The dtype that the adapters compute in; float32 before there are any."""
-        for name in self.adapter_layer_names:  # type: ignore[attr-defined]
-            layers = getattr(self, name, None)
-            for parameter in layers.parameters() if isinstance(layers, nn.Module) else ():
-                if parameter.is_floating_point():
-                    return parameter.dtype
-        return torch.float32
-
-    # Two questions that PEFT asks of every layer, answered without making the float weight.
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return super()._get_in_out_features(super().get_base_layer())  # type: ignore[misc]
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
-        return super().get_base_layer().get_parameter("weight").device, None  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so that pickle would not find it by its name.
@@ -256,79 +186,53 @@ _PLACES = frozenset({"base_layer", "original_module"})
 register_module_module_registration_hook(_adapt)
 
 
-class _MadeOnDemand(dict[str, Any]):
-    """Parameters of which the float weights are made when they are first asked for."""
-
-    def __init__(self, parameters: dict[str, Any], make: Callable[[str], Tensor], names: tuple[str, ...]):
-        super().__init__(parameters)
-        self.make, self.names = make, names
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self.names and super().__getitem__(name) is None:
-            self[name] = nn.Parameter(self.make(name), requires_grad=False)
-        return super().__getitem__(name)
-
-
-def _float_view(quantized: QuantizedModule, dtype: torch.dtype) -> nn.Module:
-    """A module of the float class whose weight is dequantized when it is read; the bias is the module's own."""
-    view, names = quantized.without_weights(), tuple(quantized.weight_axes)
-    companions = {companion for name in names for companion in quantized.companions(name)}
-    own = {key: parameter for key, parameter in quantized._parameters.items() if key not in companions}
-    view._parameters = _MadeOnDemand(
-        {**own, **dict.fromkeys(names)}, lambda name: quantized.dequantized(name, dtype), names
-    )
-    return view
-
-
-def _quantize_again(quantized: QuantizedModule, merged: nn.Module) -> None:
-    """Give a quantized module new parameters for merged float weights; channels that did not change keep theirs."""
-    for name in quantized.weight_axes:
-        weight, before = merged.get_parameter(name).data, quantized.dequantized(name)
-        new = quantized.quantized_tensors(name, weight)
-        scale = new.get(f"{name}_scale")
+def _quantized_again(before: QuantizedModule, merged: nn.Module) -> QuantizedModule:
+    """The quantized form of merged float weights; channels that did not change keep theirs."""
+    new = twin_of(before)
+    for name in before.weight_axes:
+        weight, unmerged = merged.get_parameter(name).data, before.dequantized(name)
+        tensors = before.quantized_tensors(name, weight)
+        scale = tensors.get(f"{name}_scale")
         over = [d for d in range(weight.dim()) if scale is not None and scale.shape[d] == 1]
-        changed = weight != before
+        changed = weight != unmerged
         changed = changed.any(dim=over, keepdim=True) if over else changed
-        for key in new.keys() & set(quantized.storage_names()):
-            kept = torch.where(changed, new[key], quantized.get_parameter(key).data)
-            quantized._parameters[key] = nn.Parameter(kept, requires_grad=False)
-        rounded = quantized.dequantized(name)
-        _tell_rounding(
-            f"{_name_of(quantized)}.{name}", quantized.quantization.weights, weight, before, rounded
-        )
-    bias, merged_bias = quantized._parameters.get("bias"), merged._parameters.get("bias")
+        new.put({k: torch.where(changed, t, before.get_parameter(k).data) for k, t in tensors.items()})
+        rounded = new.dequantized(name)
+        _tell_rounding(f"{_name_of(before)}.{name}", before.quantization.weights, weight, unmerged, rounded)
+    bias, merged_bias = before._parameters.get("bias"), merged._parameters.get("bias")
     if bias is not None and merged_bias is not None and not torch.equal(merged_bias.data, bias.data.float()):
-        merged_bias = nn.Parameter(merged_bias.data.to(bias.dtype), requires_grad=bias.requires_grad)
-        quantized._parameters["bias"] = merged_bias
-
-
-def _form(quantized: QuantizedModule) -> str:
-    return "symmetric_int8" if quantized.quantization.symmetric else "asymmetric_int8"
+        new._parameters["bias"] = nn.Parameter(merged_bias.data.to(bias.dtype), bias.requires_grad)
+    return new
 
 
 def _bring_into_form(quantized: QuantizedModule, state_dict: dict[str, Any], prefix: str) -> None:
-    """Replace the weights in a state dict by what the module holds: they may be float, or codes of another form.
+    """Replace the weights in a state dict by what the module holds: they may be float, or quantized otherwise.
 
     So an adapter that was trained on the float model, or on one quantized otherwise, loads with its embedding.
     """
     for name in quantized.weight_axes:
-        for form in ("symmetric_int8", "asymmetric_int8"):
-            paths = {part: f"{prefix}{form}.{name}{part}" for part in ("", "_scale", "_zero_point")}
-            held = {part: state_dict.pop(path) for part, path in paths.items() if path in state_dict}
-            if quantized.quantization.weights == "int8" and form == _form(quantized):
-                state_dict.update({f"{prefix}{name}{part}": tensor for part, tensor in held.items()})
-            elif held:
-                state_dict[prefix + name] = dequantize_codes(
-                    held[""], held["_scale"], held.get("_zero_point")
-                )
-        weight = state_dict.get(prefix + name)
-        if (
-            weight is not None
-            and weight.is_floating_point()
-            and weight.dtype != quantized.storage_dtype(name)
-        ):
-            tensors = quantized.quantized_tensors(name, weight)
-            state_dict.update({prefix + key: tensor for key, tensor in tensors.items()})
+        own = {key for key in quantized.storage_names() if key.startswith(f"{name}_")}
+        forms = {
+            key: state_dict.get(f"{prefix}{key}")
+            for key in {
+                name,
+                *own,
+                *stored_names(name, "int8", symmetric=False),
+                *stored_names(name, "float16", True),
+            }
+        }
+        there = {key: tensor for key, tensor in forms.items() if tensor is not None}
+        if not there or there.keys() == own:
+            continue
+        weight = there.get(name, there.get(f"{name}_float16"))
+        if weight is None:
+            weight = dequantize_codes(
+                there[f"{name}_int8"], there[f"{name}_scale"], there.get(f"{name}_zero_point")
+            )
+        for key in there:
+            del state_dict[f"{prefix}{key}"]
+        tensors = quantized.quantized_tensors(name, weight)
+        state_dict.update({f"{prefix}{key}": tensor for key, tensor in tensors.items()})
 
 
 def _tell_rounding(name: str, weights: str, merged: Tensor, before: Tensor, rounded: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -19,18 +19,18 @@ from mono_quant_hf.calibration import (
 )
 from mono_quant_hf.modules import QuantizedModule
 
-from .replacement import giving, quantizing, replace_modules
+from .apply import quantized_class_of
 from .selection import Decision
+from .tying import tied_modules
 
 logger = logging.getLogger("mono_quant_hf")
 
 DATA_FREE = "data-free"
 
 
-def quantize_calibrated(
+def calibrated_codes(
     model: nn.Module,
     decisions: Mapping[str, Decision],
-    tied: Iterable[Iterable[str]],
     calibration: Any,
     *,
     tokenizer: Any,
@@ -38,32 +38,32 @@ def quantize_calibrated(
     compensation: Compensation | None,
     resume_folder: str | os.PathLike[str] | None,
     progress: bool,
-) -> tuple[nn.Module, set[str]]:
-    """Replace those modules whose codes calibration has a say in; the others are for the caller to quantize.
-
-    An error or an interruption leaves the model as it was.
+) -> dict[str, QuantizedModule]:
+    """Quantized twins of those modules whose codes calibration has a say in; weights that are shared are not among them.
 
     Args:
-        model: float.
+        model: float; on return, and whatever happens, it is as it was before.
         decisions: `{name: decision}` of the modules to quantize.
-        tied: groups of names that share a weight, which get the codes of nearest rounding.
         calibration, tokenizer, sampling, compensation, resume_folder, progress: as in `quantize_model`.
 
     Returns:
-        the model, and the names of the modules that are done.
+        `{name: twin}`.
     """
-    shared = {name for group in tied for name in group}
+    shared = {name for group in tied_modules(model) for name in group}
     targets: dict[str, QuantizedModule] = {}
     for name, decision in decisions.items():
         if decision.weights != "int8" or name in shared:
             continue
-        target = quantizing(decision, empty=True)(model.get_submodule(name))
+        module = model.get_submodule(name)
+        target = quantized_class_of(module, decision).empty_like(
+            module, decision.weights, bool(decision.symmetric), name, activations=decision.activations
+        )
         if rounds_with_moments(target):
             targets[name] = target
     if isinstance(calibration, str) and calibration == DATA_FREE:
         for name, target in targets.items():
             balance(model.get_submodule(name), target)
-        return _replaced(model, targets), set(targets)
+        return targets
     if "" in targets:
         raise ValueError(
             "A model that is a single layer has nothing to calibrate with: wrap it in another module."
@@ -84,9 +84,4 @@ def quantize_calibrated(
             len(targets),
             ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else ""),
         )
-    return _replaced(model, targets), set(targets)
-
-
-def _replaced(model: nn.Module, targets: Mapping[str, QuantizedModule]) -> nn.Module:
-    """All at once and last of all, so that a model is never left half quantized."""
-    return replace_modules(model, {name: giving(target) for name, target in targets.items()})
+    return targets

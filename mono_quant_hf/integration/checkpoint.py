@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from mono_quant_hf.modules import QuantizedModule
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+from mono_quant_hf.modules.base import DTYPE_NAME, STORAGE_DTYPES
 
 from .selection import Decision
+from .tying import tied_modules
 
-_STORED_DTYPES = {"I8": "int8", "F16": "float16"}
-_FLOAT_DTYPES = frozenset({"F64", "F32", "BF16", "F16"})
-_COMPANION_DTYPES = {"_scale": "F32", "_zero_point": "I8"}
+NOT_THERE = "not in the checkpoint, newly initialized"
+_SUFFIXES = ("int8", "float16", "scale", "zero_point")
+_SAFETENSORS_NAMES = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)
@@ -78,86 +83,114 @@ def opener() -> Callable[[str], Any]:
     return functools.cache(lambda file: safe_open(file, framework="pt"))
 
 
-def decide_by_checkpoint(
-    decisions: list[Decision], stored: dict[str, StoredTensor], aliases: Callable[[str], list[str]]
-) -> list[Decision]:
-    """Let the checkpoint have the last word on which modules are quantized.
+def stored_in_model(model: PreTrainedModel, files: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of a quantized checkpoint by the names that the loader will give them in the model.
 
-    The config's patterns speak of the module names of the class that was saved; another class (the base model, say)
-    may name or skip modules differently. Modules that the checkpoint does not name stay as the config decided.
+    Args:
+        model: float, before room is made for what is quantized.
+        files: as from `read_headers`.
     """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    names = {name: tensor for name, tensor in model.state_dict().items()}
+    names |= {f"{name}_{suffix}": names[name] for name in list(names) for suffix in _SUFFIXES}
+    prefix = model.base_model_prefix
+    return {rename_source_key(key, renamings, [], prefix, names)[0]: tensor for key, tensor in files.items()}
+
+
+def decide_by_checkpoint(
+    model: nn.Module, decisions: list[Decision], stored: dict[str, StoredTensor]
+) -> list[Decision]:
+    """Let the checkpoint have the last word on which modules are quantized, and how: it says so by its names.
+
+    Args:
+        model: float, before room is made for what is quantized.
+        decisions: by the config, whose patterns speak of the module names of the class that was saved.
+        stored: by the names of the model.
+    """
+    tied = {name: group for group in tied_modules(model) for name in group}
     revised = []
     for decision in decisions:
-        key = next((f"{a}.weight" for a in aliases(decision.module) if f"{a}.weight" in stored), None)
-        if key is not None:
-            dtype = stored[key].dtype
-            if dtype == "I8":
-                symmetric = f"{key}_zero_point" not in stored and decision.symmetric is not False
-                decision = replace(decision, weights="int8", symmetric=symmetric)
-            elif dtype not in _FLOAT_DTYPES:
-                raise ValueError(
-                    f"{key} in {stored[key].file} is {dtype}, neither int8 codes nor floating-point; "
-                    "save the quantized model again."
-                )
-            elif decision.quantized and _STORED_DTYPES.get(dtype) != decision.weights:
-                decision = decision.left_in_float("float in the checkpoint")
+        quantized_class = quantized_class_for(model.get_submodule(decision.module))
+        names = [
+            f"{module}.{weight}".lstrip(".")
+            for module in tied.get(decision.module, [decision.module])
+            for weight in (quantized_class.weight_axes if quantized_class is not None else ())
+        ]
+        form = next(((name, w) for name in names for w in STORAGE_DTYPES if f"{name}_{w}" in stored), None)
+        if form is not None:
+            name, weights = form
+            symmetric = f"{name}_zero_point" not in stored and decision.symmetric is not False
+            reason = decision.reason if decision.quantized else ""
+            decision = replace(
+                decision, weights=weights, symmetric=symmetric if weights == "int8" else None, reason=reason
+            )
+        elif decision.quantized:
+            there = any(name in stored for name in names)
+            decision = decision.left_in_float("float in the checkpoint" if there else NOT_THERE)
         revised.append(decision)
     return revised
 
 
-def check_stored_tensors(
-    model: nn.Module, stored: dict[str, StoredTensor], aliases: Callable[[str], list[str]]
-) -> None:
+def stems_of_codes(stored: Iterable[str]) -> list[str]:
+    """Names of the float weights for which a checkpoint holds int8 codes.
+
+    Example:
+        >>> stems_of_codes(["proj.weight_int8", "proj.weight_scale", "norm.weight"])
+        ['proj.weight']
+    """
+    return [name.removesuffix("_int8") for name in stored if name.endswith("_int8")]
+
+
+def modules_saying_dtype(stored: dict[str, StoredTensor]) -> list[str]:
+    """Names of the modules for which the checkpoint holds a parameter that says the dtype."""
+    return [name.removesuffix(f".{DTYPE_NAME}") for name in stored if name.endswith(f".{DTYPE_NAME}")]
+
+
+def check_stored_tensors(model: nn.Module, stored: dict[str, StoredTensor]) -> None:
     """Compare the headers with the quantized modules that will hold the tensors.
 
     Raises:
-        ValueError: a scale or zero-point is missing, or a tensor has the wrong dtype or shape; names file and tensor.
+        ValueError: a tensor is missing, or has the wrong dtype or shape; names file and tensor.
     """
-    for flaw in flaws_of_stored_tensors(model, stored, aliases):
+    for flaw in flaws_of_stored_tensors(model, stored):
         raise ValueError(flaw.message)
 
 
-def flaws_of_stored_tensors(
-    model: nn.Module, stored: dict[str, StoredTensor], aliases: Callable[[str], list[str]]
-) -> Iterator[Flaw]:
-    """What does not fit the quantized modules of a model: missing scales, wrong dtypes and shapes, no real scales."""
+def flaws_of_stored_tensors(model: nn.Module, stored: dict[str, StoredTensor]) -> Iterator[Flaw]:
+    """What does not fit the quantized modules of a model: missing tensors, wrong dtypes and shapes, no real scales.
+
+    Args:
+        model: with room for what is quantized.
+        stored: by the names of the model.
+    """
     opened = opener()
+    names: dict[int, list[str]] = {}  # of what is tied, any
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     for name, module in model.named_modules():
-        if not isinstance(module, QuantizedModule):
-            continue
-        for weight in module.weight_axes:
-            key = next((f"{a}.{weight}" for a in aliases(name) if f"{a}.{weight}" in stored), None)
-            if key is None:
-                continue
-            for suffix, dtype in _COMPANION_DTYPES.items():
-                parameter = module._parameters.get(weight + suffix)
-                if parameter is None:
-                    continue
-                found = stored.get(key + suffix)
-                if found is None:
-                    yield Flaw(
-                        stored[key].file,
-                        key + suffix,
-                        f"{key}{suffix} is missing from the checkpoint, whose {key} (in {stored[key].file}) holds "
-                        "int8 codes; save the quantized model again.",
-                    )
-                elif found.dtype != dtype or found.shape != tuple(parameter.shape):
-                    yield Flaw(
-                        found.file,
-                        key + suffix,
-                        f"{key}{suffix} in {found.file} is {found.dtype} {list(found.shape)} where the model needs "
-                        f"{dtype} {list(parameter.shape)}; save the quantized model again.",
-                    )
-                elif suffix == "_scale":
-                    yield from flaws_of_scale(key + suffix, found.file, opened)
-            expected = tuple(module.get_parameter(weight).shape)
-            if stored[key].shape != expected:
+        for key in module.storage_names() if isinstance(module, QuantizedModule) else ():
+            assert isinstance(module, QuantizedModule)
+            parameter = module.get_parameter(key)
+            full_name = next((n for n in names[id(parameter)] if n in stored), f"{name}.{key}".lstrip("."))
+            found = stored.get(full_name)
+            dtype = _SAFETENSORS_NAMES[module.storage_dtype(key)]
+            if found is None:
                 yield Flaw(
-                    stored[key].file,
-                    key,
-                    f"{key} in {stored[key].file} has shape {list(stored[key].shape)} where the model has "
-                    f"{list(expected)}; is it the checkpoint of another model?",
+                    "",
+                    full_name,
+                    f"{full_name} is missing from the checkpoint, which holds the other tensors of "
+                    f"{name or 'the model'}; save the quantized model again.",
                 )
+            elif found.dtype != dtype or found.shape != tuple(parameter.shape):
+                yield Flaw(
+                    found.file,
+                    full_name,
+                    f"Expected {full_name} in {found.file} to be {dtype} {list(parameter.shape)}, got {found.dtype} "
+                    f"{list(found.shape)}; is it the checkpoint of another model?",
+                )
+            elif key.endswith("_scale"):
+                yield from flaws_of_scale(full_name, found.file, opened)
 
 
 def flaws_of_scale(key: str, file: str, opened: Callable[[str], Any]) -> Iterator[Flaw]:

@@ -1,45 +1,22 @@
-"""The operations that transformers' checkpoint loader runs on the tensors of quantized modules."""
+"""The operations that transformers' checkpoint loader runs on the tensors of modules that are to be quantized."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange
-
-from mono_quant_hf.modules import QuantizedModule
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 
 if TYPE_CHECKING:
     from .quantizer import MonoQuantHfQuantizer
 
 
-class PassThrough(ConversionOps):
-    """Changes nothing, but is an operation: the loader then writes the tensors of disk-offloaded modules anew.
-
-    For a parameter without operations the loader points the offload index at the checkpoint, where it is still
-    float; the codes made of it would be forgotten.
-    """
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        return {target_patterns[0]: next(iter(input_dict.values()))}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return self
-
-
 class QuantizeWeights(ConversionOps):
-    """Turns each float weight, as it comes from the checkpoint, into codes, scale and zero-point."""
+    """Quantizes each module as its float weight comes from the checkpoint: the weight becomes codes and scales."""
 
     def __init__(self, hf_quantizer: MonoQuantHfQuantizer):
         self.hf_quantizer = hf_quantizer
@@ -48,8 +25,9 @@ class QuantizeWeights(ConversionOps):
         self,
         input_dict: dict[str, Any],
         *,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         source_patterns: Sequence[str] = (),
+        missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         if self.hf_quantizer.read_ahead is not None:
@@ -61,35 +39,41 @@ class QuantizeWeights(ConversionOps):
             # Popped, so that the float tensor is freed before the next one is made.
             name, tensor = input_dict.popitem()
             tensor = tensor[0] if isinstance(tensor, list) else tensor
-            module_name, _, parameter_name = name.rpartition(".")
-            module = model.get_submodule(module_name)
-            if isinstance(module, QuantizedModule) and parameter_name in module.weight_axes:
-                try:
-                    tensors = module.quantized_tensors(parameter_name, tensor)
-                except ValueError as problem:
-                    # The loader would bury it in a report with a traceback; the quantizer raises it after loading.
-                    self.hf_quantizer.problems.append(str(problem))
-                    tensors = {
-                        key: torch.zeros_like(module.get_parameter(key), device=tensor.device)
-                        for key in module.storage_names()
-                    }
-                self.hf_quantizer.quantized_modules.add(module_name)
-                converted |= {f"{module_name}.{key}": value for key, value in tensors.items()}
-            else:
-                converted[name] = tensor.to(model.get_parameter(name).dtype)
+            converted |= self.hf_quantizer.quantize_arrived(model, name, tensor, missing_keys)
         return converted
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return PassThrough()
+        raise NotImplementedError(
+            "Expected codes to be saved as they are, got a request to reverse their making."
+        )
 
 
-def look_up_conversions(model: PreTrainedModel) -> None:
-    """Give a model that no checkpoint was loaded into the conversions that `save_pretrained` would look up itself.
+def keep_conversions(model: PreTrainedModel) -> None:
+    """Have `save_pretrained` undo only those of the model's conversions that are of float weights.
 
-    They can then be changed to take scales and zero-points along (`MonoQuantHfQuantizer.restore_conversions`).
+    What is quantized is saved by the names that it has in the model: codes and scales of weights that a conversion
+    joined, such as those of experts, are not taken apart again.
     """
-    if getattr(model, "_weight_conversions", None) is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-        kept = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
-        setattr(model, "_weight_conversions", kept)  # noqa: B010  no declared attribute
+    conversions = getattr(model, "_weight_conversions", None)
+    if (
+        conversions is None
+    ):  # no checkpoint was loaded into the model; what save_pretrained would look up itself
+        conversions = [
+            conversion
+            for conversion in get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(conversion, PrefixChange)
+        ]
+    names = "\n".join(name for name, _ in model.named_parameters())
+    kept = [
+        conversion
+        for conversion in conversions
+        if not isinstance(conversion, WeightConverter) or not _quantized(conversion, names)
+    ]
+    setattr(model, "_weight_conversions", kept)  # noqa: B010  no declared attribute
+
+
+def _quantized(conversion: WeightConverter, names: str) -> bool:
+    """Whether something that a conversion gives is quantized, by the names of the model's parameters, one a line."""
+    targets = (target.removesuffix("$") for target in conversion._original_target_patterns)
+    return any(re.search(rf"{target}_(int8|float16)$", names, re.MULTILINE) for target in targets)

@@ -7,31 +7,24 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from mono_quant_hf.config import MonoQuantConfig
-
-from .conversions import look_up_conversions
-from .quantizer import MonoQuantHfQuantizer, make_room
+from .apply import change_modules, make_room
+from .conversions import keep_conversions
 from .selection import Decision
 
 
-def expected_tensors(
-    model: PreTrainedModel, config: MonoQuantConfig, decisions: list[Decision]
-) -> dict[str, Tensor]:
+def expected_tensors(model: PreTrainedModel, decisions: list[Decision]) -> dict[str, Tensor]:
     """What `save_pretrained` would write for a model quantized as decided, without a value in it.
 
     Args:
-        model: float, on the meta device; its modules are replaced by quantized ones.
-        config: how it is quantized.
+        model: float, on the meta device; its modules are made quantized ones.
         decisions: what becomes of each module.
 
     Returns:
         `{name on disk: tensor on the meta device}`, with the renamings and conversions of the model's own applied; of
         tied weights only the one that is written.
     """
-    make_room(model, decisions)
-    look_up_conversions(model)
-    # Not pre-quantized: the conversions are then made to take scales along.
-    MonoQuantHfQuantizer(config, pre_quantized=False).restore_conversions(model)
+    change_modules(model, decisions, make_room)
+    keep_conversions(model)
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
     written: dict[str, Tensor] = revert_weight_conversion(

@@ -13,17 +13,16 @@ from transformers import PreTrainedModel
 from mono_quant_hf.calibration import Compensation, Sampling
 from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.core import calculate_scale_zp_per_channel, quantize_weight_fp16
-from mono_quant_hf.modules import QuantizedExperts, QuantizedModule, quantized_class_for
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
-from .calibrated import quantize_calibrated
-from .conversions import look_up_conversions
+from .apply import change_modules, quantize
+from .calibrated import calibrated_codes
+from .conversions import keep_conversions
 from .quantizer import MonoQuantHfQuantizer
-from .replacement import quantizing, replace_modules
 from .resizing import make_resizable
 from .saving import config_of_modules
 from .selection import Decision, decide, log_summary
 from .tags import add_tags
-from .tying import declare_tied_companions, share_storage, tied_modules
 
 
 def quantize_model(
@@ -60,7 +59,7 @@ def quantize_model(
         progress: show a progress bar.
 
     Returns:
-        The model itself (only a model that is a single layer is returned as another object).
+        The model itself.
 
     Raises:
         TypeError: `model` is no `nn.Module`, or `config` no `MonoQuantConfig`.
@@ -85,15 +84,14 @@ def quantize_model(
     _refuse_unfit(model)
     decisions = decide(model, config)
     chosen = {decision.module: decision for decision in decisions if decision.quantized}
-    groups = tied_modules(model)
     with torch.no_grad():
         for name, decision in chosen.items():
             _check_weights(name, model.get_submodule(name), decision)
+    calibrated: dict[str, QuantizedModule] = {}
     if calibration is not None:
-        model, done = quantize_calibrated(
+        calibrated = calibrated_codes(
             model,
             chosen,
-            groups,
             calibration,
             tokenizer=tokenizer,
             sampling=sampling,
@@ -101,17 +99,19 @@ def quantize_model(
             resume_folder=resume_folder,
             progress=progress,
         )
-        chosen = {name: decision for name, decision in chosen.items() if name not in done}
-    with (
-        torch.no_grad(),
-        tqdm(total=len(chosen), desc="Quantizing", unit="module", disable=not progress) as bar,
-    ):
-        model = replace_modules(
-            model, {name: quantizing(d) for name, d in chosen.items()}, on_each=lambda _: bar.update()
-        )
-    share_storage(model, groups)
+    with tqdm(total=len(chosen), desc="Quantizing", unit="module", disable=not progress) as bar:
+
+        def change(module: nn.Module, decision: Decision) -> None:
+            twin = calibrated.get(decision.module)
+            if twin is None:
+                quantize(module, decision)
+            else:
+                twin.lend_to(module)
+            bar.update()
+
+        with torch.no_grad():
+            change_modules(model, decisions, change)
     if isinstance(model, PreTrainedModel):
-        declare_tied_companions(model)
         make_resizable(model)
         _attach_quantizer(model, config, decisions)
     elif callable(register := getattr(model, "register_to_config", None)) and any(
@@ -157,7 +157,6 @@ def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions
     """Make the model one that transformers knows to be quantized, as `from_pretrained` does."""
     quantizer = MonoQuantHfQuantizer(config, pre_quantized=False)
     quantizer.decisions = decisions
-    quantizer.has_experts = any(isinstance(module, QuantizedExperts) for module in model.modules())
     # setattr, as transformers does: these are no declared attributes of the model.
     for name, value in (
         ("hf_quantizer", quantizer),
@@ -167,5 +166,4 @@ def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions
         setattr(model, name, value)
     model.config.quantization_config = quantizer.quantization_config
     add_tags(model, config)
-    look_up_conversions(model)
-    quantizer.restore_conversions(model)
+    keep_conversions(model)

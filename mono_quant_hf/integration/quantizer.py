@@ -4,42 +4,40 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightConverter,
-    WeightTransform,
-    dot_natural_key,
-)
+from transformers.core_model_loading import ConversionOps, build_glob_alternation, dot_natural_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
-from mono_quant_hf.modules import QuantizedExperts, QuantizedModule
-from mono_quant_hf.modules.base import keep_from_initialization
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+from mono_quant_hf.modules.base import DTYPE_NAME
 
-from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
-from .conversions import PassThrough, QuantizeWeights
+from .apply import change_modules, make_room
+from .checkpoint import (
+    NOT_THERE,
+    check_stored_tensors,
+    decide_by_checkpoint,
+    modules_saying_dtype,
+    read_headers,
+    stored_in_model,
+)
+from .conversions import QuantizeWeights, keep_conversions
 from .fingerprints import check_fingerprints, checksums_of
 from .placement import keep_tied_together
 from .read_ahead import ReadAhead
-from .replacement import giving, quantizing, replace_modules
 from .resizing import make_resizable, undo_resizable
-from .selection import Decision, aliases_of, decide, log_summary
+from .selection import Decision, aliases_of, decide, log_summary, modules_that_say_dtype
 from .tags import add_tags, remove_tags
-from .tying import (
-    declare_tied_companions,
-    share_offloaded,
-    share_storage,
-    tied_modules,
-    withdraw_tied_companions,
-)
+from .tying import declare_tied_storage, share_offloaded, share_storage, tied_modules, withdraw_tied_storage
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -69,17 +67,17 @@ class MonoQuantHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: MonoQuantConfig
-    serialized_names = {"weight": ["weight", "weight_scale", "weight_zero_point"]}  # noqa: RUF012  transformers' name
 
     def __init__(self, quantization_config: MonoQuantConfig, **kwargs: Any):
         # A copy, since saving writes checksums into it and one config may serve several models.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.decisions: list[Decision] = []
         self.problems: list[str] = []
-        self.quantized_modules: set[str] = set()
-        self.has_experts = False
-        self.may_offload = True
         self.read_ahead: ReadAhead | None = None
+        self._awaited: dict[str, Decision] = {}  # by the names of the float weights to come
+        self._tied: list[list[str]] = []
+        self._says_dtype: set[str] = set()
+        self._kept_in_float32: re.Pattern[str] | None = None
         self._keep_in_fp32_strict: Any = None
 
     # Before the weights are loaded
@@ -103,44 +101,72 @@ class MonoQuantHfQuantizer(HfQuantizer):
             )
         if isinstance(device_map, dict):
             keep_tied_together(model, device_map)
-        # A map that is still to be made, such as "auto", may come to it.
-        self.may_offload = isinstance(device_map, str) or "disk" in (device_map or {}).values()
-        decisions = decide(model, self.quantization_config, dtype)
-        stored = {}
-        if self.pre_quantized and checkpoint_files:
-            stored = read_headers(checkpoint_files)
-        aliases = aliases_of(model)
-        self.decisions = decide_by_checkpoint(decisions, stored, aliases)
-        make_room(model, self.decisions)
-        for module in model.modules() if self.may_offload else ():
-            if isinstance(module, QuantizedModule):
-                for key in module.storage_names():  # those for the disk stay what they are now
-                    keep_from_initialization(module.get_parameter(key))
-        check_stored_tensors(model, stored, aliases)
-        checksums = self.quantization_config.checksums
-        if stored and checkpoint_files and checksums is not None:
+        plan = model._get_dtype_plan(dtype) if dtype is not None else {}
+        self._kept_in_float32 = build_glob_alternation(list(plan))[0] if plan else None
+        self.decisions = decide(model, self.quantization_config)
+        if self.pre_quantized:
+            self._make_room(model, checkpoint_files or [])
+        else:
+            self._await_weights(model, checkpoint_files or [])
+
+    def _make_room(self, model: PreTrainedModel, checkpoint_files: Sequence[str]) -> None:
+        files = read_headers(checkpoint_files)
+        stored = stored_in_model(model, files)
+        self.decisions = decide_by_checkpoint(model, self.decisions, stored)
+        change_modules(
+            model,
+            self.decisions,
+            lambda module, decision: make_room(module, decision, self._shown_dtype(decision.module)),
+            modules_saying_dtype(stored),
+        )
+        check_stored_tensors(model, stored)
+        if files and self.quantization_config.checksums is not None:
+            aliases = aliases_of(model)
             names = [alias for name in model.state_dict() for alias in aliases(name)]
-            check_fingerprints(checkpoint_files, checksums, names)
+            check_fingerprints(checkpoint_files, self.quantization_config.checksums, names)
+
+    def _await_weights(self, model: PreTrainedModel, checkpoint_files: Sequence[str]) -> None:
+        """Have the modules decided on quantized as their weights arrive; those without any stay float."""
+        chosen = {decision.module: decision for decision in self.decisions if decision.quantized}
+        self._tied = tied_modules(model)
+        self._says_dtype = modules_that_say_dtype(model, chosen)
+        by_module = {id(model.get_submodule(name)): decision for name, decision in chosen.items()}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if id(module) in by_module:
+                quantized_class = quantized_class_for(module)
+                assert quantized_class is not None
+                self._awaited |= {
+                    f"{name}.{key}".lstrip("."): by_module[id(module)] for key in quantized_class.weight_axes
+                }
+        # The loader casts a weight to the model's dtype before it is quantized, unless the model keeps it in float32:
+        # codes shall be those of the checkpoint's own weight, whatever dtype= says.
         self._keep_in_fp32_strict = model._keep_in_fp32_modules_strict
-        if not self.pre_quantized:
-            # The loader casts a weight to the model's dtype before it is quantized, unless the model keeps it in
-            # float32: codes shall be those of the checkpoint's own weight, whatever dtype= says.
-            model._keep_in_fp32_modules_strict = {
-                *(self._keep_in_fp32_strict or ()),
-                *_weight_patterns(model),
-            }
-            self.read_ahead = ReadAhead(checkpoint_files or [], dot_natural_key)  # the loader's own order
-            self.read_ahead.start()
+        model._keep_in_fp32_modules_strict = {
+            *(self._keep_in_fp32_strict or ()),
+            *_patterns_of(model, self._awaited),
+        }
+        self.read_ahead = ReadAhead(checkpoint_files, dot_natural_key)  # the loader's own order
+        self.read_ahead.start()
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        if self.pre_quantized:
-            return False
-        module_name, _, name = param_name.rpartition(".")
-        module = model.get_submodule(module_name)
-        return isinstance(module, QuantizedModule) and name in module.weight_axes
+        return param_name in self._awaited
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes of an element once it is quantized, scales and zero-points included, for `device_map="auto"`."""
+        decision = self._awaited.get(param_name)
+        if decision is None:
+            return float(super().param_element_size(model, param_name, param))
+        if decision.weights == "float16":
+            return 2.0
+        owner, _, name = param_name.rpartition(".")
+        quantized_class = quantized_class_for(model.get_submodule(owner))
+        assert quantized_class is not None
+        axes = quantized_class.weight_axes[name]
+        channels = math.prod(param.shape[axis] for axis in ((axes,) if isinstance(axes, int) else axes))
+        return 1.0 + (4 if decision.symmetric else 5) * channels / param.numel()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        # A float tensor where codes belong is an error (see _check_loaded), not something to cast to int8.
+        # A float tensor where codes belong is an error, not something to cast to int8.
         if dtype is not None and not dtype.is_floating_point:
             return None
         return super().get_new_dtype(converter, param, dtype)
@@ -148,14 +174,70 @@ class MonoQuantHfQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeWeights(self)
 
-    def update_weight_conversions(
-        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
-    ) -> list[WeightTransform]:
-        updated = super().update_weight_conversions(weight_conversions, model)
-        if not self.pre_quantized and self.may_offload:
-            tails = sorted({".".join(name.split(".")[-2:]) for name in _quantized_weight_names(model)})
-            updated += [WeightConverter(re.escape(tail), tail, [PassThrough()]) for tail in tails]
-        return updated
+    def quantize_arrived(
+        self, model: PreTrainedModel, name: str, weight: Tensor, missing_keys: set[str] | None
+    ) -> dict[str, Tensor]:
+        """Quantize the module of a float weight that came from the checkpoint.
+
+        Args:
+            name: of the weight in the model.
+            missing_keys: what the loader has not found yet, changed in place.
+
+        Returns:
+            what the loader is to put into the model: `{name: tensor}`.
+        """
+        decision = self._awaited.get(name)
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if decision is None:  # beside a weight that is quantized, in one conversion
+            return {name: weight.to(model.get_parameter(name).dtype)}
+        missing = set() if missing_keys is None else missing_keys
+        converted = {}
+        if not isinstance(module, QuantizedModule):
+            if weight.shape != module.get_parameter(key).shape:
+                # The loader compares shapes of what is not quantized, and knows what the user wants to happen.
+                group = next((group for group in self._tied if decision.module in group), [decision.module])
+                self._awaited = {n: d for n, d in self._awaited.items() if d.module not in group}
+                return {name: weight}
+            module = self._make_room_for_arrived(model, decision, missing)
+            if decision.module in self._says_dtype:
+                module.say_dtype()
+                converted = {f"{owner}.{DTYPE_NAME}": torch.ones(1, dtype=module.quantization.dtype)}
+        missing.discard(name)
+        try:
+            tensors = module.quantized_tensors(key, weight)
+        except ValueError as problem:
+            # The loader would bury it in a report with a traceback; it is raised after loading.
+            self.problems.append(str(problem))
+            rooms = {
+                name: module.get_parameter(name) for name in module.storage_names() if name.startswith(key)
+            }
+            tensors = {name: torch.zeros_like(room, device=weight.device) for name, room in rooms.items()}
+        return converted | {f"{owner}.{name}".lstrip("."): tensor for name, tensor in tensors.items()}
+
+    def _make_room_for_arrived(
+        self, model: PreTrainedModel, decision: Decision, missing: set[str]
+    ) -> QuantizedModule:
+        """Room for the codes of a module, and of those that share its weight, which have not arrived."""
+        group = next((group for group in self._tied if decision.module in group), [decision.module])
+        for name in group:
+            module = make_room(
+                model.get_submodule(name), replace(decision, module=name), self._shown_dtype(name)
+            )
+            awaited = {f"{name}.{key}".lstrip(".") for key in module.weight_axes}
+            if awaited & missing:
+                missing -= awaited
+                missing |= {f"{name}.{key}".lstrip(".") for key in module.storage_names()}
+        share_storage(model, [group])
+        declare_tied_storage(model)
+        quantized = model.get_submodule(decision.module)
+        assert isinstance(quantized, QuantizedModule)
+        return quantized
+
+    def _shown_dtype(self, module: str) -> torch.dtype | None:
+        """The dtype that the weight of a module shows: float32 where the model keeps it in float32."""
+        kept = self._kept_in_float32 is not None and self._kept_in_float32.search(f"{module}.weight")
+        return torch.float32 if kept else None
 
     # After the weights are loaded
 
@@ -163,95 +245,25 @@ class MonoQuantHfQuantizer(HfQuantizer):
         if self.read_ahead is not None:
             self.read_ahead.stop()
             self.read_ahead = None  # a model with a thread could not be copied
-        model._keep_in_fp32_modules_strict = self._keep_in_fp32_strict
+            model._keep_in_fp32_modules_strict = self._keep_in_fp32_strict
+        self._awaited = {}
         if self.problems:
             raise ValueError(" ".join(self.problems))
-        self.restore_conversions(model)
-        self._check_loaded(model)
+        keep_conversions(model)
+        _check_loaded(model)
+        self.decisions = [
+            decision.left_in_float(NOT_THERE)
+            if decision.quantized and not isinstance(model.get_submodule(decision.module), QuantizedModule)
+            else decision
+            for decision in self.decisions
+        ]
         _freeze(model)
         if not self.pre_quantized:
             share_offloaded(model)
-        self._initialize_buffers(model)
         make_resizable(model)
         add_tags(model, self.quantization_config)
-        self.has_experts = any(isinstance(module, QuantizedExperts) for module in model.modules())
         log_summary(model, self.decisions)
         return model
-
-    def restore_conversions(self, model: PreTrainedModel) -> None:
-        """Keep for saving what a quantized checkpoint needs: the model's own conversions, for scales too."""
-        used = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any(isinstance(op, PassThrough) for op in getattr(conversion, "operations", ()))
-        ]
-        if not self.pre_quantized:
-            used = HfQuantizer.update_weight_conversions(self, used, model)
-        model._weight_conversions = used  # type: ignore[assignment]
-
-    def _check_loaded(self, model: PreTrainedModel) -> None:
-        """Every quantized module got all of its tensors; a module that got none becomes a float one, initialized."""
-        not_loaded = {}
-        # One of those that share a weight is loaded, and transformers ties the others to it.
-        loaded = {id(p) for name in self.quantized_modules for p in model.get_submodule(name).parameters()}
-        for name, module in model.named_modules():
-            if not isinstance(module, QuantizedModule):
-                continue
-            tensors = {key: module.get_parameter(key) for key in module.storage_names()}
-            if any(tensor.device.type == "meta" for tensor in tensors.values()):
-                continue  # offloaded; the headers were checked before loading
-            if not self.pre_quantized:
-                missing = [key for key, tensor in tensors.items() if id(tensor) not in loaded]
-            else:
-                missing = [
-                    key for key, t in tensors.items() if getattr(t, "_is_hf_initialized", 0) is not True
-                ]
-            if missing and len(missing) < len(tensors):
-                raise ValueError(
-                    f"{name}.{missing[0]} is missing from the checkpoint; save the quantized model again."
-                )
-            if missing:
-                not_loaded[name] = module
-                continue
-            for key, tensor in tensors.items():
-                expected = module.storage_dtype(key)
-                if tensor.dtype != expected:
-                    raise ValueError(
-                        f"{name}.{key} in the checkpoint is {tensor.dtype} where the config says {expected}; "
-                        "save the quantized model again, or load the float model and quantize it."
-                    )
-        if not_loaded:
-            self._initialize_as_float(model, not_loaded)
-
-    def _initialize_buffers(self, model: PreTrainedModel) -> None:
-        """Give the buffers that no checkpoint holds, such as the scale of Gemma's embeddings, their values.
-
-        transformers leaves them out, as quantized modules are marked as initialized. Here the model initializes a
-        float view of the module whose parameters say that they are.
-        """
-        for name, module in model.named_modules():
-            if not isinstance(module, QuantizedModule) or not module._non_persistent_buffers_set:
-                continue
-            view = module.without_weights()
-            for parameter in view.parameters(recurse=False):
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            with torch.no_grad():
-                _owner(model, name)._init_weights(view)
-
-    def _initialize_as_float(self, model: PreTrainedModel, modules: dict[str, QuantizedModule]) -> None:
-        """New modules, such as the head of a model that is to be trained, start as the model initializes them."""
-        for name, module in modules.items():
-            fresh = module.to_float(_dtype_of(model))
-            replace_modules(model, {name: giving(fresh)})
-            with torch.no_grad():
-                _owner(model, name)._init_weights(fresh)
-        if any(set(group).intersection(modules) for group in tied_modules(model)):
-            withdraw_tied_companions(model)
-            declare_tied_companions(model)
-        self.decisions = [
-            d.left_in_float("not in the checkpoint, newly initialized") if d.module in modules else d
-            for d in self.decisions
-        ]
 
     # The rest of the contract
 
@@ -279,47 +291,26 @@ class MonoQuantHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` may compile the model as a whole; experts run one after the other, as tokens come."""
-        return not self.has_experts
+        """Whether `generate` may compile the model as a whole."""
+        return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        float_dtype = _dtype_of(model, dtype)
-
-        def to_float(module: nn.Module) -> nn.Module:
-            assert isinstance(module, QuantizedModule)
-            return module.to_float(float_dtype)
-
-        quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
-        replace_modules(model, dict.fromkeys(quantized, to_float))
-        withdraw_tied_companions(model)
+        float_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for module in list(model.modules()):
+            if isinstance(module, QuantizedModule):
+                module.dequantize(float_dtype)
+        withdraw_tied_storage(model)
         undo_resizable(model)
         remove_tags(model, self.quantization_config)
         return model
 
 
-def make_room(model: PreTrainedModel, decisions: list[Decision]) -> None:
-    """Put quantized modules without values in the place of those that are to be quantized; what is tied stays tied."""
-    groups = tied_modules(model)
-    replace_modules(model, {d.module: quantizing(d, empty=True) for d in decisions if d.quantized})
-    share_storage(model, groups)
-    declare_tied_companions(model)
-
-
-def _quantized_weight_names(model: nn.Module) -> list[str]:
-    return [
-        f"{name}.{weight}"
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedModule)
-        for weight in module.weight_axes
-    ]
-
-
-def _weight_patterns(model: nn.Module) -> set[str]:
+def _patterns_of(model: nn.Module, weights: Collection[str]) -> set[str]:
     """Regular expressions that match the names of the quantized weights and no other parameter.
 
     Layer numbers are left open where all layers agree, so that a model of many layers needs few patterns.
     """
-    quantized = set(_quantized_weight_names(model))
+    quantized = set(weights)
     open_number = re.compile(r"(?<=\.)\d+(?=\.)")
     by_pattern: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
@@ -333,21 +324,22 @@ def _weight_patterns(model: nn.Module) -> set[str]:
     return patterns
 
 
-def _dtype_of(model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> torch.dtype:
-    """The dtype asked for, or that of the model's config, which may be written as a string."""
-    dtype = dtype or model.config.dtype or torch.get_default_dtype()
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+def _check_loaded(model: nn.Module) -> None:
+    """Every quantized module got all of its tensors.
 
-
-def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The innermost (sub)model that a module belongs to, which knows how to initialize it."""
-    owner = model
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        part = model.get_submodule(".".join(parts[:end]))
-        if isinstance(part, PreTrainedModel):
-            owner = part
-    return owner
+    Raises:
+        ValueError: one is missing; names it.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedModule):
+            continue
+        for key in module.storage_names():
+            tensor = module.get_parameter(key)
+            offloaded = tensor.is_meta and hasattr(module, "_hf_hook")
+            if not offloaded and getattr(tensor, "_is_hf_initialized", False) is not True:
+                raise ValueError(
+                    f"{name}.{key} is missing from the checkpoint; save the model again.".lstrip(".")
+                )
 
 
 def _freeze(model: PreTrainedModel) -> None:

@@ -10,22 +10,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+from mono_quant_hf.modules.base import DTYPE_NAME, twin_of
 
-from .replacement import replace_modules
 from .tying import (
-    declare_tied_companions,
+    declare_tied_storage,
     input_embeddings_and_heads,
     share_storage,
     tied_modules,
-    withdraw_tied_companions,
+    withdraw_tied_storage,
 )
 
 
 def make_resizable(model: PreTrainedModel) -> None:
     """Let a model with quantized embeddings resize them.
 
-    transformers would make a new table of the dtype of the old one, which holds codes, and has no hook to do it
-    otherwise; so the method of this one model is replaced.
+    transformers would copy rows into the table that it makes, and has no hook to do it otherwise; so the method of this one model is replaced.
     """
     if quantized_tables(model):
         vars(model)["resize_token_embeddings"] = functools.partial(resize_token_embeddings, model)
@@ -56,41 +55,35 @@ def resize_token_embeddings(model: PreTrainedModel, *args: Any, **kwargs: Any) -
     Raises:
         ValueError: the embeddings are offloaded.
     """
-    old = quantized_tables(model)
+    old = {name: twin_of(module) for name, module in quantized_tables(model).items()}
     for name, module in old.items():
-        if hasattr(module, "_hf_hook") or module.get_parameter("weight").is_meta:
+        if hasattr(module, "_hf_hook") or module.stored()[0].is_meta:
             raise ValueError(
                 f"{name} is offloaded or its model spread over devices; load the model without a device_map to "
                 "resize its embeddings."
             )
-    dtype = next(m.get_parameter("vector_dtype").dtype for m in old.values() if isinstance(m, nn.Embedding))
     groups = [group for group in tied_modules(model) if set(group).intersection(old)]
-    replace_modules(model, {name: functools.partial(_float_of, old[name], dtype) for name in old})
-    withdraw_tied_companions(model)
+    for module in quantized_tables(model).values():
+        module.dequantize()
+    withdraw_tied_storage(model)
     type(model).resize_token_embeddings(model, *args, **kwargs)
-
-    def quantize_again(name: str) -> Any:
-        def make(module: nn.Module) -> nn.Module:
-            before, settings = old[name], old[name].quantization
-            quantized_class = quantized_class_for(module)
-            assert quantized_class is not None
-            twin = quantized_class.from_float(
-                module, settings.weights, settings.symmetric, name, activations=settings.activations
-            )
-            with torch.no_grad():
-                for key in before.storage_names():
-                    new, kept = twin.get_parameter(key), before.get_parameter(key)
-                    rows = min(len(new), len(kept))
-                    new[:rows] = kept[:rows]
-            return twin
-
-        return make
-
-    replace_modules(model, {name: quantize_again(name) for name in old})
+    for name, before in old.items():
+        _quantize_again(model.get_submodule(name), name, before)
     share_storage(model, groups)
-    declare_tied_companions(model)
+    declare_tied_storage(model)
     return model.get_input_embeddings()
 
 
-def _float_of(quantized: QuantizedModule, dtype: torch.dtype, _: nn.Module) -> nn.Module:
-    return quantized.to_float(dtype)
+def _quantize_again(module: nn.Module, name: str, before: QuantizedModule) -> None:
+    settings, quantized_class = before.quantization, quantized_class_for(module)
+    assert quantized_class is not None
+    table = quantized_class.quantize(
+        module, settings.weights, settings.symmetric, name, activations=settings.activations
+    )
+    for key in before.storage_names():
+        new, kept = table.get_parameter(key), before.get_parameter(key)
+        rows = min(len(new), len(kept))
+        with torch.no_grad():
+            new[:rows] = kept[:rows]
+    if DTYPE_NAME in before._parameters:
+        table.say_dtype()

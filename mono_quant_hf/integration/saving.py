@@ -20,9 +20,16 @@ from transformers import PreTrainedModel
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
-from .checkpoint import StoredTensor, check_stored_tensors, read_headers
+from .apply import change_modules, make_room
+from .checkpoint import (
+    StoredTensor,
+    check_stored_tensors,
+    decide_by_checkpoint,
+    modules_saying_dtype,
+    read_headers,
+)
 from .fingerprints import check_fingerprints, checksums_of_tensors
-from .replacement import replace_modules
+from .selection import Decision
 
 CONFIG_FILE = "config.json"
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
@@ -146,7 +153,7 @@ def load_quantized(
         device: where the tensors go.
 
     Returns:
-        The model (a model that is a single layer is returned as another object).
+        The model.
 
     Raises:
         TypeError: `model` is none of these.
@@ -178,9 +185,13 @@ def load_quantized(
         raise ValueError(
             f"{type(skeleton).__name__} is quantized already; give load_quantized the float model."
         )
-    skeleton = replace_modules(skeleton, _makers(skeleton, config))
+    known = stored | {
+        left_out: stored[written] for left_out, written in _left_out(files).items() if written in stored
+    }
+    decisions = decide_by_checkpoint(skeleton, _decisions(skeleton, config), known)
+    change_modules(skeleton, decisions, make_room, modules_saying_dtype(stored))
     names = _names_of_tensors(skeleton, files)
-    check_stored_tensors(skeleton, stored, lambda name: [name])
+    check_stored_tensors(skeleton, known)
     _check_names(skeleton, names, stored)
     if config.checksums is not None:
         check_fingerprints(files, config.checksums, names)
@@ -251,32 +262,24 @@ def _skeleton(model: Any, folder: Path) -> nn.Module:
     return made
 
 
-def _makers(model: nn.Module, config: MonoQuantConfig) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """What `replace_modules` needs to make every module what the config says."""
+def _decisions(model: nn.Module, config: MonoQuantConfig) -> list[Decision]:
+    """What the config says of each module; the checkpoint has the last word."""
     usual = {"weights": config.weights, "symmetric": config.symmetric, "activations": config.activations}
-    makers: dict[str, Callable[[nn.Module], nn.Module]] = {}
+    decisions = []
     for name, module in model.named_modules():
-        quantized_class = quantized_class_for(module)
-        settings = {**usual, **(config.module_overrides or {}).get(name, {})}
-        if quantized_class is not None and settings["weights"] != "float":
-            makers[name] = _Twin(quantized_class, settings, name)
-    return makers
+        if quantized_class_for(module) is not None:
+            settings = {**usual, **(config.module_overrides or {}).get(name, {})}
+            decisions.append(Decision(name, type(module).__name__, **settings, reason="", parameters=0))
+    return decisions
 
 
-class _Twin:
-    """Makes the quantized module with room for the tensors to come."""
-
-    def __init__(self, quantized_class: type[QuantizedModule], settings: dict[str, Any], name: str):
-        self.quantized_class, self.settings, self.name = quantized_class, settings, name
-
-    def __call__(self, module: nn.Module) -> nn.Module:
-        return self.quantized_class.empty_like(
-            module,
-            self.settings["weights"],
-            bool(self.settings["symmetric"]),
-            name=self.name,
-            activations=self.settings["activations"],
-        )
+def _left_out(files: list[str]) -> dict[str, str]:
+    """`{name: the name it was written by}` of tensors that have several, as huggingface_hub notes in the files."""
+    noted: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            noted |= tensors.metadata() or {}
+    return noted
 
 
 def _names_of_tensors(model: nn.Module, files: list[str]) -> dict[str, list[str]]:
@@ -291,13 +294,10 @@ def _names_of_tensors(model: nn.Module, files: list[str]) -> dict[str, list[str]
         if isinstance(tensor, Tensor):
             names[name] = by_tensor.setdefault(id(tensor), [])
             names[name].append(name)
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            noted = tensors.metadata() or {}
-        for left_out, written in noted.items():
-            if left_out in names and written in names and names[left_out] is not names[written]:
-                names[written] += names[left_out]
-                names |= dict.fromkeys(names[left_out], names[written])
+    for left_out, written in _left_out(files).items():
+        if left_out in names and written in names and names[left_out] is not names[written]:
+            names[written] += names[left_out]
+            names |= dict.fromkeys(names[left_out], names[written])
     return names
 
 

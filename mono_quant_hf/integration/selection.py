@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,15 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mono_quant_hf.config import OVERRIDE_FIELDS, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
-from mono_quant_hf.modules.base import STORAGE_DTYPES
 
 from .patterns import Aliases, PatternTracker, matches_as_in_transformers, matches_glob_or_regex
 from .tying import input_embeddings_and_heads, tied_modules
-from .weight_readers import modules_whose_weight_is_read
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -59,16 +56,15 @@ class Decision:
         return asdict(self)
 
 
-def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None = None) -> list[Decision]:
+def decide(model: nn.Module, config: MonoQuantConfig) -> list[Decision]:
     """A decision for every module that has a weight of two or more dimensions, in the order of the model.
 
     Patterns that match nothing, and overrides of modules that must stay in float, are warned about.
 
     Args:
-        model: any module, also on the meta device. In a `PreTrainedModel` the output head, tied weights and what the
-            model itself asks to keep in float32 are left alone, in addition to the user's own list.
+        model: any module, also on the meta device. In a `PreTrainedModel` the output head and tied weights are left
+            alone, in addition to the user's own list.
         config: what the user asks for.
-        dtype: the dtype the model computes in; None for that of its weights.
     """
     candidates = {name: module for name, module in model.named_modules() if _holds_weight(module)}
     aliases = aliases_of(model)
@@ -80,7 +76,7 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
     )
     embeddings_and_heads = input_embeddings_and_heads(model)
     chosen = embeddings_and_heads if config.quantize_embeddings else set()
-    defaults = _default_skips(model, candidates, config.weights, chosen)
+    defaults = _default_skips(model, candidates, chosen)
     if not config.quantize_embeddings:
         tables = [name for name in embeddings_and_heads if isinstance(candidates.get(name), nn.Embedding)]
         defaults |= dict.fromkeys(tables, EMBEDDINGS_OFF)
@@ -132,7 +128,7 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
     names = [name for name, _ in model.named_modules()]
     skips.warn_of_unmatched(names)
     overrides.warn_of_unmatched(names)
-    return _decide_together(tied_modules(model), _keep_dtype_of_model(model, decisions, dtype))
+    return _decide_together(tied_modules(model), decisions)
 
 
 def aliases_of(model: nn.Module) -> Aliases:
@@ -186,19 +182,17 @@ def _bytes_of(model: nn.Module) -> tuple[int, int]:
     element_size = (computes_in or (floating[0].dtype if floating else torch.float32)).itemsize
     seen: set[int] = set()
     for module in model.modules():
-        weights: set[str] = set()
-        companions: set[str] = set()
+        storage: set[str] = set()
         if isinstance(module, QuantizedModule):
-            weights = set(module.weight_axes)
-            companions = {key for name in weights for key in module.companions(name)}
+            storage = set(module.storage_names())
+            weights = {id(p): p for p in (module.stored(name)[0] for name in module.weight_axes)}
+            before += sum(p.numel() * element_size for key, p in weights.items() if key not in seen)
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             after += parameter.numel() * parameter.element_size()
-            if name in weights:
-                before += parameter.numel() * element_size
-            elif name not in companions:
+            if name not in storage:
                 before += parameter.numel() * parameter.element_size()
     return before, after
 
@@ -214,17 +208,9 @@ def _holds_weight(module: nn.Module) -> bool:
     return any(p is not None and p.dim() > 1 for p in module._parameters.values())
 
 
-def _default_skips(
-    model: nn.Module, candidates: dict[str, nn.Module], weights: str, chosen: set[str]
-) -> dict[str, str]:
+def _default_skips(model: nn.Module, candidates: dict[str, nn.Module], chosen: set[str]) -> dict[str, str]:
     """`{module name: reason}` for what is left in float whatever the user says, unless it is `chosen`."""
-    reasons = modules_whose_weight_is_read(model, weights)
-    # Models of transformers and of diffusers have the first of the two.
-    fields = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    kept = [pattern for field in fields for pattern in getattr(model, field, None) or ()]
-    for name in candidates:
-        if kept and not should_convert_module(name, kept):
-            reasons[name] = "the model keeps it in float32"
+    reasons: dict[str, str] = {}
     if isinstance(model, PreTrainedModel):
         heads = get_keys_to_not_convert(model)
         for name in candidates:
@@ -266,33 +252,28 @@ def _decide_together(groups: list[list[str]], decisions: list[Decision]) -> list
     return [by_name[decision.module] for decision in decisions]
 
 
-def _keep_dtype_of_model(
-    model: nn.Module, decisions: list[Decision], dtype: torch.dtype | None
-) -> list[Decision]:
-    """Leave the module in float whose scales would pass for the dtype of a (sub)model.
+def modules_that_say_dtype(model: nn.Module, quantized: Collection[str]) -> set[str]:
+    """Names of the quantized modules that need a parameter to say the dtype of a (sub)model.
 
     `dtype` of the models of transformers and diffusers, by which inputs are cast and which is saved in config.json, is
-    the dtype of the first floating-point parameter. int8 codes are none, so where a module without bias comes first,
-    its scales are.
+    the dtype of the first floating-point parameter. Where that would be a scale (or a float16 weight), a parameter of
+    one element goes before it.
+
+    Args:
+        model: float, before its modules are quantized.
+        quantized: names of the modules that will be.
     """
-    by_name = {decision.module: decision for decision in decisions}
+    found = set()
     for prefix, part in model.named_modules():
-        if not isinstance(getattr(type(part), "dtype", None), property):
-            continue
-        for name, parameter in part.named_parameters():
-            if not parameter.is_floating_point():
-                continue
-            owner = ".".join(filter(None, (prefix, name.rpartition(".")[0])))
-            decision = by_name.get(owner)
-            if decision is None or not decision.quantized:
-                break
-            if isinstance(part.get_submodule(name.rpartition(".")[0]), nn.Embedding):
-                break  # its first parameter is there to say the dtype
-            stored_as = STORAGE_DTYPES[decision.weights]
-            computes_in = parameter.dtype if dtype is None else dtype
-            first_floating = stored_as if stored_as.is_floating_point else torch.float32
-            has_bias = part.get_submodule(name.rpartition(".")[0])._parameters.get("bias") is not None
-            if first_floating != computes_in and not (has_bias and stored_as is torch.int8):
-                by_name[owner] = decision.left_in_float(f"{type(part).__name__}.dtype is read from it")
-            break
-    return [by_name[decision.module] for decision in decisions]
+        if isinstance(getattr(type(part), "dtype", None), property):
+            first = next((name for name, p in part.named_parameters() if p.is_floating_point()), "")
+            owner = ".".join(filter(None, (prefix, first.rpartition(".")[0])))
+            module = model.get_submodule(owner)
+            quantized_class = quantized_class_for(module)
+            if first and owner in quantized and quantized_class is not None:
+                others = (
+                    p for name, p in module._parameters.items() if name not in quantized_class.weight_axes
+                )
+                if not any(p is not None and p.is_floating_point() for p in others):
+                    found.add(owner)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mono_quant_hf.modules import QuantizedModule
 
-_SUFFIXES = ("", "_scale", "_zero_point")
+_SUFFIXES = ("_int8", "_float16", "_scale", "_zero_point")
 
 
 def input_embeddings_and_heads(model: nn.Module) -> set[str]:
@@ -47,7 +47,7 @@ def tied_modules(model: nn.Module) -> list[list[str]]:
     by_source: dict[str, list[str]] = {}
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         pair = [key.rpartition(".")[0] for key in (source, target)]
-        if all(key.endswith(".weight") for key in (source, target)):
+        if all(key.endswith((".weight", ".weight_int8", ".weight_float16")) for key in (source, target)):
             by_source.setdefault(source, []).extend(pair)
     merged: list[list[str]] = []
     for group in [*by_source.values(), *groups.values()]:
@@ -67,27 +67,60 @@ def share_storage(model: nn.Module, groups: Iterable[Iterable[str]]) -> None:
         quantized = [module for module in modules if isinstance(module, QuantizedModule)]
         if len(quantized) < len(modules):
             continue
-        for suffix in _SUFFIXES:
-            shared = quantized[0]._parameters.get(f"weight{suffix}")
-            for module in quantized[1:] if shared is not None else ():
-                module._parameters[f"weight{suffix}"] = shared
+        for name in quantized[0].storage_names():
+            for module in quantized[1:]:
+                module._parameters[name] = quantized[0]._parameters[name]
 
 
-def declare_tied_companions(model: PreTrainedModel) -> None:
-    """Tell transformers that the scales and zero-points of tied quantized weights are tied too.
+def declare_tied_storage(model: PreTrainedModel) -> None:
+    """Tell transformers that what tied quantized weights are stored as is tied, and no longer the weights themselves.
 
     It ties again by these declarations after loading and whenever `tie_weights` is called, and leaves out of a saved
     checkpoint what they say can be tied.
     """
+    _declare_tied(model, _by_storage)
+
+
+def withdraw_tied_storage(model: PreTrainedModel) -> None:
+    """Undo `declare_tied_storage` when the model is float again, and tie its weights."""
+    _declare_tied(model, _by_weight)
+    model.tie_weights()
+
+
+def _declare_tied(
+    model: PreTrainedModel, renamed: Callable[[PreTrainedModel, dict[str, str]], dict[str, str]]
+) -> None:
     for part in model.modules():
-        if not isinstance(part, PreTrainedModel):
-            continue
-        companions = _companions_of(part, part.all_tied_weights_keys)
-        if companions:
+        if (
+            isinstance(part, PreTrainedModel)
+            and renamed(part, part.all_tied_weights_keys) != part.all_tied_weights_keys
+        ):
             own = part.get_expanded_tied_weights_keys(all_submodels=False)
+            part.all_tied_weights_keys = renamed(part, part.all_tied_weights_keys)
             if own:
-                part._tied_weights_keys = {**own, **_companions_of(part, own)}
-            part.all_tied_weights_keys = {**part.all_tied_weights_keys, **companions}
+                part._tied_weights_keys = renamed(part, own)
+
+
+def _by_storage(model: PreTrainedModel, tied: dict[str, str]) -> dict[str, str]:
+    renamed: dict[str, str] = {}
+    for target, source in tied.items():
+        owner, _, name = target.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, QuantizedModule) and name in module.weight_axes:
+            suffixes = [key.removeprefix(name) for key in module.storage_names() if key.startswith(name)]
+            renamed |= {target + suffix: source + suffix for suffix in suffixes}
+        else:
+            renamed[target] = source
+    return renamed
+
+
+def _by_weight(model: PreTrainedModel, tied: dict[str, str]) -> dict[str, str]:
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    renamed: dict[str, str] = {}
+    for target, source in tied.items():
+        suffix = next((s for s in _SUFFIXES if target.endswith(s) and target not in there), "")
+        renamed[target.removesuffix(suffix)] = source.removesuffix(suffix)
+    return renamed
 
 
 def share_offloaded(model: PreTrainedModel) -> None:
@@ -114,43 +147,3 @@ def _offload_indices(model: nn.Module) -> Iterator[dict[str, Any]]:
             index = getattr(weights, "index", None)
             if isinstance(index, dict):
                 yield index
-
-
-def _companions_of(model: PreTrainedModel, tied: dict[str, str]) -> dict[str, str]:
-    return {
-        target + suffix: source + suffix
-        for target, source in tied.items()
-        for suffix in _SUFFIXES[1:]
-        if _has_companion(model, target, suffix) and _has_companion(model, source, suffix)
-    }
-
-
-def withdraw_tied_companions(model: PreTrainedModel) -> None:
-    """Undo `declare_tied_companions` when the model is float again, and tie its weights."""
-    for part in model.modules():
-        if not isinstance(part, PreTrainedModel):
-            continue
-        declared = part.all_tied_weights_keys
-        there = {name for name, _ in part.named_parameters(remove_duplicate=False)}
-        companions = {
-            key
-            for key in declared.keys() - there
-            for suffix in _SUFFIXES[1:]
-            if key.removesuffix(suffix) in declared
-        }
-        if not companions:
-            continue
-        part.all_tied_weights_keys = {key: declared[key] for key in declared if key not in companions}
-        own = part._tied_weights_keys or {}
-        part._tied_weights_keys = {key: own[key] for key in own if key not in companions}
-    model.tie_weights()
-
-
-def _has_companion(model: nn.Module, key: str, suffix: str) -> bool:
-    owner, _, name = key.rpartition(".")
-    module = model.get_submodule(owner)
-    return (
-        isinstance(module, QuantizedModule)
-        and name in module.weight_axes
-        and module._parameters.get(name + suffix) is not None
-    )

@@ -15,6 +15,7 @@ __all__ = [
     "expand",
     "get_kernel",
     "linear",
+    "linear_backward",
     "quantize",
     "set_kernel",
     "use_kernel",
@@ -70,6 +71,19 @@ def linear(
         # In plain operations, which a compiler fuses: the expansion never reaches memory there.
         return portable.linear(x, weight, scale, zero_point, bias)
     return operators.call(x, weight, scale, zero_point, bias)
+
+
+def linear_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> Tensor:
+    """The gradient of `linear` to its input: `grad W`, `[..., N]` by `[N, K]`, in the dtype of `grad`.
+
+    Example:
+        >>> codes = torch.tensor([[10, -20], [0, 127]], dtype=torch.int8)
+        >>> linear_backward(torch.ones(1, 2), codes, scale=torch.tensor([[0.5], [1.0]]))
+        tensor([[  5., 117.]])
+    """
+    return operators.call_backward(grad, weight, scale, zero_point)
 
 
 def expand(

@@ -1,45 +1,23 @@
 """Modules that hold int8 codes or float16 weights, usable in any `nn.Module`."""
 
-from .base import QuantizedModule
-from .conv import (
-    QuantizedConv1d,
-    QuantizedConv2d,
-    QuantizedConv3d,
-    QuantizedConvTranspose1d,
-    QuantizedConvTranspose2d,
-    QuantizedConvTranspose3d,
-    quantize_conv2d_module,
-)
+from . import experts, recurrent  # noqa: F401  they enter what they know into the registry
+from .base import Quantization, QuantizedModule
+from .conv import quantize_conv2d_module
 from .conv1d_projection import QuantizedConv1DProjection
-from .embedding import QuantizedEmbedding, QuantizedEmbeddingVariant
-from .experts import QuantizedExperts
+from .embedding import QuantizedEmbedding
+from .float_view import FloatView
 from .linear import QuantizedLinear, quantize_linear_module
-from .linear_variant import QuantizedLinearVariant
-from .registry import (
-    QUANTIZED_CLASSES,
-    quantized_class_for,
-    register_quantized_class,
-    register_quantized_class_finder,
-)
+from .registry import quantized_class_for, register_weights
 
 __all__ = [
-    "QUANTIZED_CLASSES",
+    "FloatView",
+    "Quantization",
     "QuantizedConv1DProjection",
-    "QuantizedConv1d",
-    "QuantizedConv2d",
-    "QuantizedConv3d",
-    "QuantizedConvTranspose1d",
-    "QuantizedConvTranspose2d",
-    "QuantizedConvTranspose3d",
     "QuantizedEmbedding",
-    "QuantizedEmbeddingVariant",
-    "QuantizedExperts",
     "QuantizedLinear",
-    "QuantizedLinearVariant",
     "QuantizedModule",
     "quantize_conv2d_module",
     "quantize_linear_module",
     "quantized_class_for",
-    "register_quantized_class",
-    "register_quantized_class_finder",
+    "register_weights",
 ]

@@ -1,31 +1,32 @@
-"""What every quantized module has in common: storage, its protection, and the way from and back to float."""
+"""What every quantized module has in common: its storage, the float weight that it shows, the way to and from float.
+
+A module is quantized by a change of its class, as torch's own parametrizations are: whoever holds the module, in a list
+or in a closure, holds the quantized one.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant_hf import kernels
-from mono_quant_hf.core import dequantize_codes, quantize_weight_fp16
+from mono_quant_hf.core import quantize_weight_fp16
+
+from .float_view import float_weight
 
 STORAGE_DTYPES = {"int8": torch.int8, "float16": torch.float16}
 """What `weights` may be, and the dtype that the weight is stored in."""
 
+DTYPE_NAME = "weight_dtype"
+"""A parameter of one element that says the dtype of a model whose first floating parameter would be a scale."""
+
+Axes = int | tuple[int, ...]
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-
-def keep_from_initialization(parameter: nn.Parameter) -> None:
-    """Keep transformers from drawing random numbers into codes that no checkpoint holds.
-
-    GPT-2, T5 and CLIP initialize the weights of their modules' modules, unless marked as this one then is. The loader
-    marks those that it loaded with True.
-    """
-    if not hasattr(parameter, "_is_hf_initialized"):
-        parameter._is_hf_initialized = "not loaded"  # type: ignore[attr-defined]
 
 
 def weights_of_dtype(dtype: torch.dtype) -> str:
@@ -34,7 +35,22 @@ def weights_of_dtype(dtype: torch.dtype) -> str:
         return "int8"
     if dtype is torch.float16:
         return "float16"
-    raise ValueError(f"dtype must be torch.qint8 or torch.float16, not {dtype}.")
+    raise ValueError(f"Expected dtype torch.qint8 or torch.float16, got {dtype}.")
+
+
+def stored_names(weight_name: str, weights: str, symmetric: bool) -> list[str]:
+    """Names of the parameters that stand for a float weight.
+
+    Example:
+        >>> stored_names("weight", "int8", symmetric=False)
+        ['weight_int8', 'weight_scale', 'weight_zero_point']
+        >>> stored_names("weight", "float16", symmetric=True)
+        ['weight_float16']
+    """
+    suffixes = (
+        [weights] if weights == "float16" else ["int8", "scale", *([] if symmetric else ["zero_point"])]
+    )
+    return [f"{weight_name}_{suffix}" for suffix in suffixes]
 
 
 @dataclass(frozen=True)
@@ -45,55 +61,62 @@ class Quantization:
         weights: `"int8"` or `"float16"`.
         symmetric: whether int8 codes go without zero-points; True for float16.
         activations: `"int8"`: the products round their input to int8 where that pays (`mono_quant_hf.kernels.linear`).
-        float_class: of the module that it was made of.
-        module_name: qualified name in the model it was made for, for error messages.
+        float_class: the class that the module had before.
+        dtype: of the float weight that it shows; follows `.to(dtype)`.
+        module_name: qualified name in the model it was quantized in, for error messages.
     """
 
     weights: str
     symmetric: bool
     activations: str | None
     float_class: type[nn.Module]
+    dtype: torch.dtype
     module_name: str | None = None
 
 
 class QuantizedModule(nn.Module):
     """Mixin of the modules that hold int8 codes or float16 weights in place of float ones.
 
-    A subclass also inherits from the module it stands for, so that whoever asks `isinstance(module, nn.Linear)` is
-    answered yes. Each weight `w` is a parameter of its own name with the companions `w_scale` (float32) and, when
-    asymmetric, `w_zero_point` (int8), all without gradient. They keep their dtype under `.to(dtype)`, `.half()` and
-    the like: a bfloat16 scale would lose 16 of its 24 bits.
+    A subclass also inherits from the class that the module had, so that whoever asks `isinstance(module, nn.Linear)` is
+    answered yes, and its forward is what runs. Each weight `w` is stored as the parameters `w_int8`, `w_scale`
+    (float32) and, when asymmetric, `w_zero_point` (int8), or as `w_float16`; all without gradient. They keep their
+    dtype under `.to(dtype)`, `.half()` and the like. `w` itself shows the float weight, see `FloatView`.
 
     Example:
         >>> import torch
         >>> from mono_quant_hf.modules import QuantizedLinear
         >>> layer = QuantizedLinear.from_float(torch.nn.Linear(8, 2), "int8", symmetric=False)
-        >>> isinstance(layer, QuantizedModule), isinstance(layer, torch.nn.Linear)
-        (True, True)
-        >>> {name: tensor.dtype for name, tensor in layer.half().state_dict().items()}
-        {'weight': torch.int8, 'bias': torch.float16, 'weight_scale': torch.float32, 'weight_zero_point': torch.int8}
+        >>> isinstance(layer, QuantizedModule), isinstance(layer, torch.nn.Linear), layer.half().weight.dtype
+        (True, True, torch.float16)
+        >>> {name: tensor.dtype for name, tensor in layer.state_dict().items() if name != "bias"}
+        {'weight_int8': torch.int8, 'weight_scale': torch.float32, 'weight_zero_point': torch.int8}
     """
 
-    weight_axes: ClassVar[dict[str, int | tuple[int, ...]]] = {"weight": 0}
+    weight_axes: ClassVar[dict[str, Axes]] = {}
     """Name of each weight to quantize, and the axis (or axes) along which it has a scale each."""
-
-    weight_scale: Tensor | None
-    weight_zero_point: Tensor | None
-    quantization: Quantization
     quantizes_activations: ClassVar[bool] = False
     """Whether `activations` has a say: in modules that are a matrix product."""
 
+    quantization: Quantization
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls).get("weight_axes", ()):
+            setattr(cls, name, property(functools.partial(_shown, name=name)))
+
+    # From float
+
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
-        """Why `module` cannot be replaced by this class; None when it can."""
-        source = type(module)
-        expected = cls.source_class()
-        if "forward" in vars(module) or source.forward is not expected.forward:
-            return f"its forward is not that of {expected.__name__}"
+        """Why `module` cannot be quantized as this class; None when it can."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return "it is a compiled TorchScript module"
         for name in cls.weight_axes:
             weight = module._parameters.get(name)
             if weight is None:
                 return f"its {name} is computed, not a parameter"
+            if isinstance(weight, nn.UninitializedParameter):
+                return f"its {name} has no shape before the first forward"
             if not weight.is_floating_point():
                 return f"its {name} is {str(weight.dtype).removeprefix('torch.')} already"
             if weight.numel() == 0:
@@ -104,23 +127,60 @@ class QuantizedModule(nn.Module):
     @classmethod
     def _names_needed(cls) -> set[str]:
         """The attributes that a quantized module has and no other `nn.Module`."""
-        bases = [
-            base
-            for base in cls.__mro__
-            if issubclass(base, QuantizedModule) and not issubclass(base, cls.source_class())
-        ]
-        names = {"quantization", *(name for base in bases for name in vars(base))}
-        names |= {companion for weight in cls.weight_axes for companion in cls.companions(weight)}
+        names = {DTYPE_NAME, "quantization", *vars(QuantizedModule)}
+        for weight in cls.weight_axes:
+            names |= {*stored_names(weight, "int8", symmetric=False), *stored_names(weight, "float16", True)}
         return {name for name in names if not hasattr(nn.Module, name)}
 
     @classmethod
-    def source_class(cls) -> type[nn.Module]:
-        """The float class that this one stands for."""
-        bases = (base for base in cls.__mro__[1:] if issubclass(base, nn.Module))
-        return next(base for base in bases if not issubclass(base, QuantizedModule))
+    def make_room(
+        cls,
+        module: nn.Module,
+        weights: str,
+        symmetric: bool,
+        name: str | None = None,
+        *,
+        activations: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Make `module` itself one of this class, with room for its quantized weights, not yet filled.
+
+        The room is on the device of the float weights (also `meta`), which are given up; everything else of the module
+        (bias, hooks, arguments, training mode) stays as it is.
+
+        Args:
+            weights, symmetric, name, activations: see `Quantization`.
+            dtype: of the float weight to show; None for that of the weight.
+        """
+        if weights not in STORAGE_DTYPES:
+            raise ValueError(f"Expected weights 'int8' or 'float16', got {weights!r}.")
+        reason = cls.refuses(module)
+        if reason is not None:
+            raise ValueError(f"{name or type(module).__name__} cannot become a {cls.__name__}: {reason}.")
+        shown = module._parameters[next(iter(cls.weight_axes))]
+        assert shown is not None
+        quantization = Quantization(
+            weights,
+            symmetric or weights != "int8",
+            activations if cls.quantizes_activations and weights == "int8" else None,
+            type(module),
+            dtype or shown.dtype,
+            name,
+        )
+        # Scales come last: the dtype of a model is read from its first floating parameter.
+        parameters = {key: p for key, p in module._parameters.items() if key not in cls.weight_axes}
+        for key, axis in cls.weight_axes.items():
+            weight = module._parameters[key]
+            assert weight is not None
+            parameters |= _room(key, weight, axis, quantization)
+        module._parameters = parameters
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module.quantization = quantization
+        return module
 
     @classmethod
-    def empty_like(
+    def quantize(
         cls,
         module: nn.Module,
         weights: str,
@@ -129,28 +189,18 @@ class QuantizedModule(nn.Module):
         *,
         activations: str | None = None,
     ) -> Self:
-        """A twin of `module` with room for the quantized weights on the same device (also `meta`), not yet filled.
+        """Make `module` itself one of this class, with the codes of its weights.
 
-        Everything else of the module (bias, hooks, arguments, training mode) is kept as it is.
+        Raises:
+            ValueError: a weight cannot be quantized; the message names it, and the module is as it was.
         """
-        if weights not in STORAGE_DTYPES:
-            raise ValueError(
-                f"weights must be one of {', '.join(map(repr, STORAGE_DTYPES))}, not {weights!r}."
-            )
-        reason = cls.refuses(module)
-        if reason is not None:
-            raise ValueError(f"{name or type(module).__name__} cannot become a {cls.__name__}: {reason}.")
-        twin = _twin(module, cls)
-        twin._set_up_storage(
-            Quantization(
-                weights,
-                symmetric or weights != "int8",
-                activations if cls.quantizes_activations and weights == "int8" else None,
-                type(module),
-                name,
-            )
-        )
-        return twin
+        quantized = cls.from_float(module, weights, symmetric, name, activations=activations)
+        return quantized.lend_to(module)
+
+    @classmethod
+    def empty_like(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Self:
+        """`make_room` in a twin of the module, which is left as it is; all but the weights is shared."""
+        return cls.make_room(twin_of(module), *args, **kwargs)
 
     @classmethod
     def from_float(
@@ -162,43 +212,31 @@ class QuantizedModule(nn.Module):
         *,
         activations: str | None = None,
     ) -> Self:
-        """A quantized twin of `module`.
-
-        Raises:
-            ValueError: a weight cannot be quantized; the message names it.
-        """
+        """`quantize` a twin of the module, which is left as it is; all but the weights is shared."""
         twin = cls.empty_like(module, weights, symmetric, name, activations=activations)
         for weight_name in cls.weight_axes:
-            weight = module.get_parameter(weight_name)
-            for key, tensor in twin.quantized_tensors(weight_name, weight).items():
-                twin._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+            twin.put(twin.quantized_tensors(weight_name, module.get_parameter(weight_name)))
         return twin
 
-    def _set_up_storage(self, quantization: Quantization) -> None:
-        self.quantization = quantization
-        # transformers would otherwise draw random numbers into int8 codes that it has not yet put on the module.
-        self._is_hf_initialized = True
-        for weight_name, axis in self.weight_axes.items():
-            weight = self._parameters[weight_name]
-            assert weight is not None
-            axes = {a % weight.dim() for a in ((axis,) if isinstance(axis, int) else axis)}
-            channels = [size if dim in axes else 1 for dim, size in enumerate(weight.shape)]
-            storage = torch.empty_like(
-                weight, dtype=STORAGE_DTYPES[quantization.weights], requires_grad=False
-            )
-            scale = zero_point = None
-            if quantization.weights == "int8":
-                scale = torch.empty(channels, dtype=torch.float32, device=weight.device)
-                if not quantization.symmetric:
-                    zero_point = torch.empty(channels, dtype=torch.int8, device=weight.device)
-            for key, tensor in (("", storage), ("_scale", scale), ("_zero_point", zero_point)):
-                parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-                self.register_parameter(weight_name + key, parameter)
+    def lend_to(self, module: nn.Module) -> Self:
+        """Make a float module what this twin of it is; the tensors are shared from then on."""
+        module._parameters = self._parameters
+        module.__class__ = type(self)
+        assert isinstance(module, type(self))
+        module.quantization = self.quantization
+        return module
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        super().register_parameter(name, param)
-        if param is not None and not param.is_meta and name in self.storage_names():
-            keep_from_initialization(param)
+    def say_dtype(self) -> None:
+        """Put a parameter of one element first, from which the dtype of a model is read, see `DTYPE_NAME`."""
+        like = torch.ones(
+            1, dtype=self.quantization.dtype, device=self.stored(next(iter(self.weight_axes)))[0].device
+        )
+        self._parameters = {DTYPE_NAME: nn.Parameter(like, requires_grad=False), **self._parameters}
+
+    def put(self, tensors: dict[str, Tensor]) -> None:
+        """Store what `quantized_tensors` gave, by parameter name."""
+        for key, tensor in tensors.items():
+            self._parameters[key] = nn.Parameter(tensor, requires_grad=False)
 
     def quantized_tensors(self, weight_name: str, weight: Tensor) -> dict[str, Tensor]:
         """The tensors that stand for a float weight of this module, by parameter name.
@@ -208,94 +246,97 @@ class QuantizedModule(nn.Module):
                 past 65504; the message names the parameter.
         """
         full_name = ".".join(filter(None, (self.quantization.module_name, weight_name)))
-        expected = self.get_parameter(weight_name).shape
+        expected = self.stored(weight_name)[0].shape
         if weight.shape != expected:
             raise ValueError(
                 f"{full_name} has shape {tuple(weight.shape)} where the model has {tuple(expected)}."
             )
+        weights, symmetric = self.quantization.weights, self.quantization.symmetric
         try:
-            if self.quantization.weights == "float16":
-                return {weight_name: quantize_weight_fp16(weight)}
-            codes, scale, zero_point = self._quantize(weight_name, weight)
+            if weights == "float16":
+                tensors: Any = (quantize_weight_fp16(weight),)
+            else:
+                tensors = _quantize(weight, symmetric, self.weight_axes[weight_name])
         except ValueError as problem:
             raise ValueError(f"{full_name} cannot be quantized. {problem}") from None
-        tensors = {weight_name: codes, f"{weight_name}_scale": scale}
-        if zero_point is not None:
-            tensors[f"{weight_name}_zero_point"] = zero_point
-        return tensors
+        return dict(zip(stored_names(weight_name, weights, symmetric), tensors, strict=False))
 
-    def _quantize(self, weight_name: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return kernels.quantize(weight, self.quantization.symmetric, self.weight_axes[weight_name])
+    # To float
+
+    def stored(
+        self, weight_name: str = "weight"
+    ) -> tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]:
+        """Codes (or the float16 weight), scale and zero-point that stand for a weight."""
+        parameters, quantization = self._parameters, self.quantization
+        if quantization.weights == "float16":
+            return parameters[f"{weight_name}_float16"], None, None  # type: ignore[return-value]
+        return (  # type: ignore[return-value]
+            parameters[f"{weight_name}_int8"],
+            parameters[f"{weight_name}_scale"],
+            None if quantization.symmetric else parameters[f"{weight_name}_zero_point"],
+        )
 
     def dequantized(self, weight_name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in `dtype`."""
-        stored = self.get_parameter(weight_name).detach()
-        if self.quantization.weights == "float16":
-            return stored.to(dtype)
-        zero_point = self._parameters[f"{weight_name}_zero_point"]
-        scale = self.get_parameter(f"{weight_name}_scale").detach()
-        return dequantize_codes(stored, scale, zero_point, dtype)
+        stored, scale, zero_point = (None if t is None else t.detach() for t in self.stored(weight_name))
+        assert stored is not None
+        return kernels.expand(stored, scale, zero_point, dtype)
 
-    def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A module of the original class with the dequantized weights in `dtype`."""
-        twin = _twin(self, self.quantization.float_class)
-        del twin.quantization
-        for weight_name in self.weight_axes:
-            for companion in self.companions(weight_name):
-                del twin._parameters[companion]
-            twin._parameters[weight_name] = nn.Parameter(self.dequantized(weight_name, dtype))
-        for name, parameter in twin._parameters.items():
-            if parameter is not None and name not in self.weight_axes:
-                twin._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-        return twin
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Make this module itself a float one again, of the class that it had, with the dequantized weights.
 
-    def without_weights(self) -> nn.Module:
-        """A module of the original class that shares the buffers of this one and has empty float parameters."""
-        twin = _twin(self, self.quantization.float_class)
-        twin._parameters = {
-            name: None if parameter is None else nn.Parameter(torch.empty(0), requires_grad=False)
-            for name, parameter in twin._parameters.items()
+        Args:
+            dtype: of the weights and of what else is floating; None for the dtype that the module shows.
+        """
+        dtype = dtype or self.quantization.dtype
+        parameters: dict[str, nn.Parameter | None] = {
+            name: nn.Parameter(self.dequantized(name, dtype)) for name in self.weight_axes
         }
-        return twin
+        for key, parameter in self._parameters.items():
+            if key != DTYPE_NAME and key not in self.storage_names():
+                if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                    parameter = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                parameters[key] = parameter
+        module: nn.Module = self
+        module._parameters = parameters
+        module.__class__ = self.quantization.float_class
+        del module.quantization
+        return module
 
-    @classmethod
-    def companions(cls, weight_name: str) -> list[str]:
-        """Names of the parameters beside a weight that the float module does not have."""
-        return [f"{weight_name}_scale", f"{weight_name}_zero_point"]
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """`dequantize` a twin of the module, which is left as it is."""
+        twin: QuantizedModule = twin_of(self)
+        return twin.dequantize(dtype)
 
-    # More paths to this module, that say what its codes are: PEFT's layers are saved with them, see `OnQuantized`.
-
-    @property
-    def symmetric_int8(self) -> Self:
-        """The module itself."""
-        return self
-
-    @property
-    def asymmetric_int8(self) -> Self:
-        """The module itself."""
-        return self
+    # Storage and its protection
 
     def storage_names(self) -> list[str]:
         """Names of the parameters that hold codes, scales and zero-points (not the bias)."""
-        names = [name + suffix for name in self.weight_axes for suffix in ("", "_scale", "_zero_point")]
-        return [name for name in names if self._parameters.get(name) is not None]
+        return [key for name in self.weight_axes for key in self._storage_of(name)]
+
+    def _storage_of(self, weight_name: str) -> list[str]:
+        return stored_names(weight_name, self.quantization.weights, self.quantization.symmetric)
 
     def storage_dtype(self, name: str) -> torch.dtype:
         """The dtype that one of `storage_names` must have."""
-        if name in self.weight_axes:
-            return STORAGE_DTYPES[self.quantization.weights]
-        return torch.float32 if name.endswith("_scale") else torch.int8
+        return _DTYPES[next(suffix for suffix in _DTYPES if name.endswith(suffix))]
 
     def check_input(self, x: Tensor) -> None:
-        """Refuse an input that is not floating-point: with int8 codes it is most likely a cast gone wrong."""
+        """Refuse an input that is not floating-point, with the name of the module."""
         if not x.is_floating_point():
             name = self.quantization.module_name or type(self).__name__
             found = str(x.dtype).removeprefix("torch.")
             raise TypeError(
-                f"{name} got an input of dtype {found}, but works on floating-point inputs. If the model casts its "
-                f"input to the dtype of this module's weight, keep the module in float: "
-                f"MonoQuantConfig(modules_to_not_convert=[{name!r}])."
+                f"Expected a floating-point input of {name}, got {found}; convert it to float32 or the like."
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.weight_axes:
+            raise AttributeError(
+                f"Expected {name} of {type(self).__name__} to stay as it is, as it only shows what is quantized; "
+                "dequantize() the module to give it another weight."
+            )
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         storage = {id(self._parameters[name]) for name in self.storage_names()}
@@ -306,6 +347,10 @@ class QuantizedModule(nn.Module):
                 return tensor.to(device=moved.device)
             return moved
 
+        device = self.stored(next(iter(self.weight_axes)))[0].device
+        shown = fn(torch.empty(0, dtype=self.quantization.dtype, device=device)).dtype
+        if shown != self.quantization.dtype and shown.is_floating_point:
+            self.quantization = replace(self.quantization, dtype=shown)
         return super()._apply(keep_storage_dtype, recurse)
 
     def _load_from_state_dict(
@@ -319,18 +364,16 @@ class QuantizedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # copy_ would cast float weights into the codes without a word. load_state_dict raises these messages.
-        mismatched = {
-            name: state_dict[prefix + name].dtype
-            for name in self.storage_names()
-            if isinstance(state_dict.get(prefix + name), Tensor)
-            and state_dict[prefix + name].dtype != self.get_parameter(name).dtype
-        }
-        error_msgs += [
-            f"{prefix}{name} is {dtype} in the state dict where the quantized module holds "
-            f"{self.get_parameter(name).dtype}; load float weights into a float model and quantize it then."
-            for name, dtype in mismatched.items()
+        expected = {name: None for name in self.weight_axes}
+        expected |= {name: self.storage_dtype(name) for name in self.storage_names()}
+        messages = [
+            f"Expected {prefix}{name} to be {dtype or 'absent'} in the state dict of a quantized module, got "
+            f"{state_dict[prefix + name].dtype}; load float weights into a float model and quantize it then."
+            for name, dtype in expected.items()
+            if isinstance(state_dict.get(prefix + name), Tensor) and state_dict[prefix + name].dtype != dtype
         ]
-        if not mismatched:
+        error_msgs += messages
+        if not messages:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
@@ -341,7 +384,80 @@ class QuantizedModule(nn.Module):
             how += ", symmetric" if self.quantization.symmetric else ", asymmetric"
         if self.quantization.activations is not None:
             how += f", activations={self.quantization.activations}"
-        return f"{super().extra_repr()}, weights={how}"
+        return ", ".join(filter(None, (super().extra_repr(), f"weights={how}")))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if type(self) not in _ORIGINS:
+            return super().__reduce_ex__(protocol)  # type: ignore[return-value]
+        # A class made at run time is not found by its name.
+        return _new_instance, _ORIGINS[type(self)], self.__dict__.copy()
+
+
+_DTYPES = {
+    "_int8": torch.int8,
+    "_float16": torch.float16,
+    "_scale": torch.float32,
+    "_zero_point": torch.int8,
+}
+_ORIGINS: dict[type[nn.Module], tuple[Any, ...]] = {}
+
+
+@functools.cache
+def quantized_form(
+    mixin: type[QuantizedModule], float_class: type[nn.Module], axes: tuple[tuple[str, Axes], ...]
+) -> type[QuantizedModule]:
+    """The quantized form of a class: a subclass of `mixin` and of the class, with the class's own forward.
+
+    What is defined outside of torch comes before the mixin, so that a forward that ends in that of `nn.Linear` ends in
+    that of `QuantizedLinear`; what torch itself defines comes behind it.
+
+    Args:
+        axes: `(name, axis or axes of the scales)` of each weight that is quantized.
+    """
+    if mixin.weight_axes == dict(axes) and issubclass(mixin, float_class):
+        return mixin
+    of_torch = next(base for base in float_class.__mro__ if base.__module__.partition(".")[0] == "torch")
+    bases: tuple[type, ...] = (float_class, mixin)
+    if not issubclass(mixin, of_torch):
+        behind = type(f"Quantized{of_torch.__name__}", (mixin, of_torch), {"__module__": mixin.__module__})
+        bases = (float_class, behind) if float_class is not of_torch else (mixin, float_class)
+    attributes = {"weight_axes": dict(axes), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
+    form = type(f"Quantized{float_class.__name__}", bases, attributes)
+    _ORIGINS[form] = (mixin, float_class, axes)
+    return form
+
+
+def _new_instance(mixin: type[QuantizedModule], float_class: type[nn.Module], axes: Any) -> nn.Module:
+    form = quantized_form(mixin, float_class, axes)
+    return form.__new__(form)
+
+
+def _shown(module: QuantizedModule, name: str) -> Tensor:
+    quantization = module.quantization
+    return float_weight(*module.stored(name), quantization.dtype, quantization.activations)
+
+
+def _room(
+    name: str, weight: Tensor, axis: Axes, quantization: Quantization
+) -> dict[str, nn.Parameter | None]:
+    axes = {a % weight.dim() for a in ((axis,) if isinstance(axis, int) else axis)}
+    channels = [size if dim in axes else 1 for dim, size in enumerate(weight.shape)]
+    room: dict[str, nn.Parameter | None] = {}
+    for place, key in enumerate(stored_names(name, quantization.weights, quantization.symmetric)):
+        dtype = _DTYPES[next(suffix for suffix in _DTYPES if key.endswith(suffix))]
+        shape = channels if place else weight.shape
+        room[key] = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=False)
+    return room
+
+
+def _quantize(weight: Tensor, symmetric: bool, axis: Axes) -> tuple[Tensor, Tensor, Tensor | None]:
+    if isinstance(axis, int) or weight.dim() != 3:
+        return kernels.quantize(weight, symmetric, axis)
+    # One expert at a time: rounding takes a float32 copy, and all experts of a layer are a large part of a model.
+    _, out_axis = axis
+    experts = [kernels.quantize(expert, symmetric, out_axis - 1) for expert in weight.unbind()]
+    codes, scales, zero_points = zip(*experts, strict=True)
+    return torch.stack(codes), torch.stack(scales), None if symmetric else torch.stack(zero_points)
 
 
 def _names_of(module: nn.Module) -> set[str]:
@@ -351,11 +467,17 @@ def _names_of(module: nn.Module) -> set[str]:
     return {name for names in (*own, *classes) for name in names}
 
 
-def _twin(module: nn.Module, cls: type[nn.Module]) -> Any:
-    """A shallow copy of `module` as an instance of `cls`: shared tensors, containers of its own."""
-    twin = cls.__new__(cls)
+def twin_of(module: nn.Module) -> Any:
+    """A shallow copy of a module: shared tensors, containers of its own."""
+    twin = type(module).__new__(type(module))
     twin.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():
         if name in _CONTAINERS or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             twin.__dict__[name] = value.copy()
     return twin
+
+
+class MatrixProduct(QuantizedModule):
+    """Mixin of modules that multiply by their weights, and nothing else: int8 activations have a say in them."""
+
+    quantizes_activations = True

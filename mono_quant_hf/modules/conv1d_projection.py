@@ -7,17 +7,16 @@ from transformers.pytorch_utils import Conv1D
 
 from mono_quant_hf import kernels
 
-from .base import QuantizedModule
-from .registry import register_quantized_class
+from .base import Axes, MatrixProduct
+from .registry import MIXINS, WEIGHT_AXES
 
 
-@register_quantized_class(Conv1D)
-class QuantizedConv1DProjection(QuantizedModule, Conv1D):
+class QuantizedConv1DProjection(MatrixProduct, Conv1D):
     """`y = x W + b` with a weight of int8 codes (a scale and zero-point per output feature) or float16.
 
     Shapes:
-        weight int8 or float16 `[in, out]`, weight_scale float32 `[1, out]`, weight_zero_point int8 `[1, out]` or None,
-        bias float `[out]`. The kernels work on the transposed view.
+        weight_int8 (or weight_float16) `[in, out]`, weight_scale float32 `[1, out]`, weight_zero_point int8 `[1, out]`
+        where asymmetric, bias float `[out]`. The kernels work on the transposed view.
 
     Example:
         >>> import torch
@@ -30,23 +29,19 @@ class QuantizedConv1DProjection(QuantizedModule, Conv1D):
         True
     """
 
-    weight_axes: ClassVar[dict[str, int | tuple[int, ...]]] = {"weight": 1}
-    quantizes_activations = True
+    weight_axes: ClassVar[dict[str, Axes]] = {"weight": 1}
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        scale, zero_point = self.weight_scale, self.weight_zero_point
-        return kernels.linear(
-            x,
-            self.weight.t(),
-            None if scale is None else scale.t(),
-            None if zero_point is None else zero_point.t(),
-            self.bias,
-            self.quantization.activations,
-        )
+        rows = (None if tensor is None else tensor.t() for tensor in self.stored())
+        return kernels.linear(x, *rows, self.bias, self.quantization.activations)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        return f"nf={self.nf}, nx={self.nx}{super().extra_repr()}"
+        return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
+
+
+WEIGHT_AXES[Conv1D] = QuantizedConv1DProjection.weight_axes
+MIXINS[Conv1D] = QuantizedConv1DProjection

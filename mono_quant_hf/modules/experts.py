@@ -1,94 +1,74 @@
-"""Modules that hold the weights of all their experts in 3-D parameters, `[experts, out, in]` or `[experts, in, out]`.
+"""Modules that hold the weights of all their experts in one parameter, such as `gate_up_proj` `[experts, out, in]`.
 
-Such as `gate_up_proj` and `down_proj` of the mixture-of-experts models of transformers, but any class will do whose
-source multiplies by one expert's weight at a time (see `usage`).
+No class is needed for them: whichever implementation the model selects (eager, batched, grouped, one of its own) meets
+the float view of the weights, which multiplies by the codes of those experts that tokens are sent to.
+
+Example:
+    >>> import torch
+    >>> from mono_quant_hf.modules import quantized_class_for
+    >>> from transformers import MixtralConfig
+    >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    >>> experts = MixtralExperts(MixtralConfig(hidden_size=16, intermediate_size=32, num_local_experts=4))
+    >>> for weight in experts.parameters():
+    ...     _ = torch.nn.init.normal_(weight, std=0.1)
+    >>> quantized = quantized_class_for(experts).from_float(experts, "int8", symmetric=False)
+    >>> quantized.gate_up_proj_int8.dtype, quantized.gate_up_proj_scale.shape
+    (torch.int8, torch.Size([4, 64, 1]))
+    >>> x, chosen = torch.randn(5, 16), torch.tensor([[0, 3]] * 5)
+    >>> y = quantized(x, chosen, torch.full((5, 2), 0.5))
+    >>> bool((y - experts(x, chosen, torch.full((5, 2), 0.5))).abs().max() < 0.05)
+    True
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import re
+from collections.abc import Mapping
 
-from mono_quant_hf.core import quantize_to_codes
+from torch import nn
 
-from .base import QuantizedModule
-from .own_forward import OwnForward, quantized_form
-from .registry import register_quantized_class_finder
-from .usage import usage_of
+from .base import Axes
+from .registry import FINDERS
 
-
-class QuantizedExperts(OwnForward):
-    """Experts with int8 codes, a scale and zero-point per expert and output feature, or float16 weights.
-
-    The forward is that of the original class; its products with one expert's weight go to the kernels, so that only
-    the experts that tokens are sent to are expanded, one at a time. transformers' other implementations (batched,
-    grouped) need all experts as one float tensor, so whichever is selected, the eager forward is what runs.
-
-    Shapes:
-        a weight int8 or float16 `[experts, out, in]` with scale float32 and zero-point int8 `[experts, out, 1]`;
-        where the class stores `[experts, in, out]`, `[experts, 1, out]`. Biases stay float `[experts, out]`.
-
-    Example:
-        >>> import torch
-        >>> from mono_quant_hf.modules import quantized_class_for
-        >>> from transformers import MixtralConfig
-        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-        >>> experts = MixtralExperts(MixtralConfig(hidden_size=16, intermediate_size=32, num_local_experts=4))
-        >>> for weight in experts.parameters():
-        ...     _ = torch.nn.init.normal_(weight, std=0.1)
-        >>> quantized = quantized_class_for(experts).from_float(experts, "int8", symmetric=False)
-        >>> quantized.gate_up_proj.dtype, quantized.gate_up_proj_scale.shape
-        (torch.int8, torch.Size([4, 64, 1]))
-        >>> x, chosen = torch.randn(5, 16), torch.tensor([[0, 3]] * 5)
-        >>> y = quantized(x, chosen, torch.full((5, 2), 0.5))
-        >>> bool((y - experts(x, chosen, torch.full((5, 2), 0.5))).abs().max() < 0.05)
-        True
-    """
-
-    quantizes_activations = True
-
-    @classmethod
-    def refuses(cls, module: nn.Module) -> str | None:
-        if not cls.weight_axes:
-            reasons = (usage_of(module, name).reason for name in stacked_parameters(module))
-            return next(
-                filter(None, reasons), "its parameters of three dimensions are not the weights of experts"
-            )
-        return super().refuses(module)
-
-    def _quantize(self, weight_name: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        # One expert at a time: rounding takes a float32 copy, and all experts of a layer are a large part of a model.
-        _, out_axis = self.weight_axes[weight_name]  # type: ignore[misc]
-        symmetric = self.quantization.symmetric
-        experts = [quantize_to_codes(expert, symmetric, out_axis - 1) for expert in weight]
-        codes, scales, zero_points = zip(*experts, strict=True)
-        return torch.stack(codes), torch.stack(scales), None if symmetric else torch.stack(zero_points)
-
-    def extra_repr(self) -> str:
-        shapes = ", ".join(f"{name}={list(self.get_parameter(name).shape)}" for name in self.weight_axes)
-        return f"{shapes}{super().extra_repr()}"
+# Of [experts, in, out] without the flag `is_transposed` that says so. A scale along the other axis would be right too,
+# but products would expand the weight.
+_OUT_LAST = frozenset(
+    (
+        "CsmCodebooksHead",
+        "EsmFold2ConfidenceHead",
+        "GroupedLinearLayer",
+        "Llama4TextExperts",
+        "RecurrentGemmaRglru",
+    )
+)
+_NO_WEIGHT = re.compile(
+    r"(^|_)(pos|embed|embeddings?|position|positions|rpb|table|tokens?|quer(y|ies)|bias)(_|$)"
+)
 
 
-@register_quantized_class_finder
-def experts_class_for(module: nn.Module) -> type[QuantizedModule] | None:
-    """The quantized class of a module with stacked parameters; one that refuses where their use is not understood."""
-    names = stacked_parameters(module)
-    if not names:
-        return None
-    orientations = {name: usage_of(module, name).out_last for name in names}
-    axes = tuple((name, (0, 2 if last else 1)) for name, last in orientations.items() if last is not None)
-    return quantized_form(QuantizedExperts, type(module), axes if len(axes) == len(names) else ())  # type: ignore[arg-type]
-
-
-def stacked_parameters(module: nn.Module) -> list[str]:
-    """Names of the module's own floating-point parameters of three dimensions, none of them of size 1."""
+def expert_weights(module: nn.Module) -> Mapping[str, Axes]:
+    """The stacked weights of a module: a scale for each expert and output feature."""
     if type(module).__module__.partition(".")[0] == "torch":
-        return []
+        return {}
+    out_last = getattr(module, "is_transposed", type(module).__name__ in _OUT_LAST)
+    stacked: Mapping[str, Axes] = {
+        name: (0, 2 if out_last is True else 1) for name in _weights(module, dim=3)
+    }
+    if stacked or "expert" not in type(module).__name__.lower():
+        return stacked
+    return {name: 0 for name in _weights(module, dim=2)}  # [experts * out, in]
+
+
+def _weights(module: nn.Module, dim: int) -> list[str]:
     return [
         name
         for name, parameter in module._parameters.items()
         if parameter is not None
-        and parameter.dim() == 3
+        and parameter.dim() == dim
         and min(parameter.shape) > 1
         and parameter.is_floating_point()
+        and not _NO_WEIGHT.search(name)
     ]
+
+
+FINDERS.append(expert_weights)

@@ -1,16 +1,17 @@
 """`nn.Linear` with int8 or float16 weights."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from mono_quant_hf import kernels
 
-from .base import Quantization, QuantizedModule, weights_of_dtype
-from .registry import register_quantized_class
+from .base import Axes, MatrixProduct, weights_of_dtype
+from .registry import MIXINS, quantized_twin
 
 
-@register_quantized_class(nn.Linear)
-class QuantizedLinear(QuantizedModule, nn.Linear):
+class QuantizedLinear(MatrixProduct, nn.Linear):
     """`y = x Wᵀ + b` with a weight of int8 codes (a scale and zero-point per output feature) or float16.
 
     Made directly, it draws a weight as `nn.Linear` does and quantizes it; `quantize_linear_module` quantizes a
@@ -22,17 +23,19 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         symmetric: int8 only: no zero-points, codes in [-127, 127].
 
     Shapes:
-        weight int8 or float16 `[out, in]`, weight_scale float32 `[out, 1]`, weight_zero_point int8 `[out, 1]` or None,
-        bias float `[out]` or None.
+        weight_int8 (or weight_float16) `[out, in]`, weight_scale float32 `[out, 1]`, weight_zero_point int8 `[out, 1]`
+        where asymmetric, bias float `[out]` or None; `weight` shows the float weight `[out, in]`.
 
     Example:
         >>> import torch
         >>> layer = QuantizedLinear(10, 5)
         >>> layer
         QuantizedLinear(in_features=10, out_features=5, bias=True, weights=int8, asymmetric)
-        >>> layer(torch.ones(2, 10)).shape, layer.weight.dtype
-        (torch.Size([2, 5]), torch.int8)
+        >>> layer(torch.ones(2, 10)).shape, layer.weight_int8.dtype, layer.weight.dtype
+        (torch.Size([2, 5]), torch.int8, torch.float32)
     """
+
+    weight_axes: ClassVar[dict[str, Axes]] = {"weight": 0}
 
     def __init__(
         self,
@@ -42,34 +45,16 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         dtype: torch.dtype = torch.qint8,
         symmetric: bool = False,
     ):
-        weights = weights_of_dtype(dtype)
-        nn.Linear.__init__(self, in_features, out_features, bias)
-        weight = self._parameters["weight"]
-        assert weight is not None
-        self._set_up_storage(Quantization(weights, symmetric or weights != "int8", None, nn.Linear))
-        if weight.device.type != "meta":
-            for name, tensor in self.quantized_tensors("weight", weight).items():
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-
-    quantizes_activations = True
-
-    @classmethod
-    def refuses(cls, module: nn.Module) -> str | None:
-        # nn.MultiheadAttention computes with the weight of its out_proj itself and never calls it.
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return "nn.MultiheadAttention reads its weight directly"
-        return super().refuses(module)
+        module = nn.Linear(in_features, out_features, bias)
+        make = type(self).make_room if module.weight.is_meta else type(self).quantize
+        self.__dict__.update(make(module, weights_of_dtype(dtype), symmetric).__dict__)
 
     def forward(self, input: Tensor) -> Tensor:
         self.check_input(input)
-        return kernels.linear(
-            input,
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            self.quantization.activations,
-        )
+        return kernels.linear(input, *self.stored(), self.bias, self.quantization.activations)
+
+
+MIXINS[nn.Linear] = QuantizedLinear
 
 
 def quantize_linear_module(
@@ -84,8 +69,7 @@ def quantize_linear_module(
 
     Raises:
         TypeError: `module` is no `nn.Linear`.
-        ValueError: another dtype; a weight with NaN or infinite values, without elements, or (float16) past 65504;
-            a subclass whose forward is its own.
+        ValueError: another dtype; a weight with NaN or infinite values, without elements, or (float16) past 65504.
 
     Example:
         >>> import torch
@@ -96,4 +80,6 @@ def quantize_linear_module(
     """
     if not isinstance(module, nn.Linear):
         raise TypeError(f"Expected an nn.Linear, got {type(module).__name__}.")
-    return QuantizedLinear.from_float(module, weights_of_dtype(dtype), symmetric)
+    twin = quantized_twin(module, dtype, symmetric)
+    assert isinstance(twin, QuantizedLinear)
+    return twin
