@@ -321,15 +321,6 @@ class QuantizedModule(nn.Module):
         """The dtype that one of `storage_names` must have."""
         return _DTYPES[next(suffix for suffix in _DTYPES if name.endswith(suffix))]
 
-    def check_input(self, x: Tensor) -> None:
-        """Refuse an input that is not floating-point, with the name of the module."""
-        if not x.is_floating_point():
-            name = self.quantization.module_name or type(self).__name__
-            found = str(x.dtype).removeprefix("torch.")
-            raise TypeError(
-                f"Expected a floating-point input of {name}, got {found}; convert it to float32 or the like."
-            )
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.weight_axes:
             raise AttributeError(
@@ -399,10 +390,10 @@ _DTYPES = {
     "_scale": torch.float32,
     "_zero_point": torch.int8,
 }
+_FORMS: dict[tuple[Any, ...], type[QuantizedModule]] = {}
 _ORIGINS: dict[type[nn.Module], tuple[Any, ...]] = {}
 
 
-@functools.cache
 def quantized_form(
     mixin: type[QuantizedModule], float_class: type[nn.Module], axes: tuple[tuple[str, Axes], ...]
 ) -> type[QuantizedModule]:
@@ -416,20 +407,33 @@ def quantized_form(
     """
     if mixin.weight_axes == dict(axes) and issubclass(mixin, float_class):
         return mixin
+    origin = (mixin, float_class, axes)
+    if origin in _FORMS:
+        return _FORMS[origin]
     of_torch = next(base for base in float_class.__mro__ if base.__module__.partition(".")[0] == "torch")
     bases: tuple[type, ...] = (float_class, mixin)
     if not issubclass(mixin, of_torch):
         behind = type(f"Quantized{of_torch.__name__}", (mixin, of_torch), {"__module__": mixin.__module__})
         bases = (float_class, behind) if float_class is not of_torch else (mixin, float_class)
     attributes = {"weight_axes": dict(axes), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
-    form = type(f"Quantized{float_class.__name__}", bases, attributes)
-    _ORIGINS[form] = (mixin, float_class, axes)
+    form = _FORMS[origin] = type(f"Quantized{float_class.__name__}", bases, attributes)
+    _ORIGINS[form] = origin
     return form
 
 
 def _new_instance(mixin: type[QuantizedModule], float_class: type[nn.Module], axes: Any) -> nn.Module:
     form = quantized_form(mixin, float_class, axes)
     return form.__new__(form)
+
+
+def check_input(module: QuantizedModule, x: Tensor) -> None:
+    """Refuse an input that is not floating-point, with the name of the module."""
+    if not x.is_floating_point():
+        name = module.quantization.module_name or type(module).__name__
+        found = str(x.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"Expected a floating-point input of {name}, got {found}; convert it, to float32 for one."
+        )
 
 
 def _shown(module: QuantizedModule, name: str) -> Tensor:

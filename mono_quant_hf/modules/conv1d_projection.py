@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mono_quant_hf import kernels
 
-from .base import Axes, MatrixProduct
+from .base import Axes, MatrixProduct, check_input
 from .registry import MIXINS, WEIGHT_AXES
 
 
@@ -32,9 +32,16 @@ class QuantizedConv1DProjection(MatrixProduct, Conv1D):
     weight_axes: ClassVar[dict[str, Axes]] = {"weight": 1}
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        rows = (None if tensor is None else tensor.t() for tensor in self.stored())
-        return kernels.linear(x, *rows, self.bias, self.quantization.activations)
+        check_input(self, x)
+        codes, scale, zero_point = self.stored()
+        return kernels.linear(
+            x,
+            codes.t(),
+            None if scale is None else scale.t(),
+            None if zero_point is None else zero_point.t(),
+            self.bias,
+            self.quantization.activations,
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

@@ -114,7 +114,7 @@ or work on a copy (weight.clone()).
         if func in _OF_VALUES:
             args, kwargs = _expanded((args, kwargs))
             return func(*args, **kwargs)
-        if func in _SETTERS and isinstance(args[0], cls) and args[1:] not in ((False,), (None,)):
+        if func in _SETTERS and not any(argument is None or argument is False for argument in args[1:]):
             raise _unchangeable(_SETTERS[func])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mono_quant_hf import kernels
 
-from .base import Axes, MatrixProduct, weights_of_dtype
+from .base import Axes, MatrixProduct, check_input, weights_of_dtype
 from .registry import MIXINS, quantized_twin
 
 
@@ -50,7 +50,7 @@ class QuantizedLinear(MatrixProduct, nn.Linear):
         self.__dict__.update(make(module, weights_of_dtype(dtype), symmetric).__dict__)
 
     def forward(self, input: Tensor) -> Tensor:
-        self.check_input(input)
+        check_input(self, input)
         return kernels.linear(input, *self.stored(), self.bias, self.quantization.activations)
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
-from mono_quant_hf.modules import QuantizedEmbedding, QuantizedEmbeddingVariant, QuantizedLinear
+from mono_quant_hf.modules import QuantizedEmbedding, QuantizedLinear
 from tests.tiny_models import TOKENS, llama, logits
 
 from .measure import dequantized_by_hand
@@ -238,7 +238,7 @@ def test_scaled_tables_of_gemma(tmp_path):
     model = Gemma3ForCausalLM(config).eval()
     for dtype in (torch.float32, torch.bfloat16):
         quantized = load(saved(model, tmp_path / "float"), dtype=dtype)
-        assert isinstance(quantized.model.embed_tokens, QuantizedEmbeddingVariant) and is_tied(quantized)
+        assert isinstance(quantized.model.embed_tokens, QuantizedEmbedding) and is_tied(quantized)
         table = copy.deepcopy(model.model.embed_tokens).to(dtype)
         found, reference = quantized.model.embed_tokens(TOKENS), table(TOKENS)
         assert found.dtype == dtype

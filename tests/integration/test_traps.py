@@ -10,6 +10,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     GgufConfig,
+    initialization,
 )
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
@@ -54,10 +55,14 @@ def test_3_codes_are_not_drawn_at_random(llama_folder):
     # The loader initializes what it found no flag on; int8 codes cannot be drawn from a normal distribution.
     with torch.device("meta"):
         model = tiny_models.llama()
-    quantize = QuantizedLinear.empty_like(model.model.layers[0].mlp.up_proj, "int8", False)
-    assert quantize._is_hf_initialized
-    model.model.layers[0].mlp.up_proj = quantize.to_empty(device="cpu")
-    model._initialize_weights(model.model.layers[0].mlp.up_proj)
+    layer = QuantizedLinear.empty_like(model.model.layers[0].mlp.up_proj, "int8", False).to_empty(
+        device="cpu"
+    )
+    before = layer.weight_int8.clone()
+    with initialization.guard_torch_init_functions():
+        model._init_weights(layer)
+        torch.nn.init.normal_(layer.weight)
+    assert torch.equal(layer.weight_int8, before)
 
 
 def test_4_the_users_list_is_added_to_the_default_skips(llama_folder):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mono_quant_hf.core import dequantize_codes, quantize_to_codes
-from mono_quant_hf.modules import QuantizedConv2d, quantize_conv2d_module
+from mono_quant_hf.modules import quantize_conv2d_module, quantized_class_for
 
 SETTINGS = pytest.mark.parametrize(
     ("dtype", "symmetric"), [(torch.qint8, False), (torch.qint8, True), (torch.float16, False)]
@@ -110,6 +110,7 @@ def test_repr_keeps_the_arguments_and_says_the_format():
 def test_bad_input_is_one_clear_error():
     with pytest.raises(TypeError, match="Linear"):
         quantize_conv2d_module(nn.Linear(2, 2))
-    quantized = QuantizedConv2d.from_float(nn.Conv2d(3, 4, 1), "int8", False, name="model.stem")
+    conv = nn.Conv2d(3, 4, 1)
+    quantized = quantized_class_for(conv).from_float(conv, "int8", False, name="model.stem")
     with pytest.raises(TypeError, match=r"model\.stem got an input of dtype int8"):
         quantized(torch.ones(1, 3, 2, 2, dtype=torch.int8))

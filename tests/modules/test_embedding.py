@@ -7,7 +7,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedding
 
-from mono_quant_hf.modules import QuantizedEmbedding, QuantizedEmbeddingVariant, quantized_class_for
+from mono_quant_hf.modules import QuantizedEmbedding, quantized_class_for
 
 from .settings import COMPUTE, SETTINGS, SURVIVALS, TOLERANCES, check_storage_survives, float_twin
 
@@ -57,7 +57,6 @@ def test_storage_and_way_back(kind):
     quantized = quantize(module)
     stored = {name: (t.dtype, tuple(t.shape)) for name, t in quantized.state_dict().items()}
     assert stored == {
-        "vector_dtype": (torch.bfloat16, (1,)),
         "weight": (torch.int8, (20, 12)),
         "weight_scale": (torch.float32, (20, 1)),
         "weight_zero_point": (torch.int8, (20, 1)),
@@ -96,7 +95,7 @@ def test_offset_positions_are_looked_up_too():
     module = OPTLearnedPositionalEmbedding(16, 8)
     quantized = quantize(module)
     mask = torch.ones(2, 6, dtype=torch.long)
-    assert isinstance(quantized, QuantizedEmbeddingVariant)
+    assert isinstance(quantized, QuantizedEmbedding)
     torch.testing.assert_close(quantized(mask), module(mask), rtol=0, atol=0.02)
 
 

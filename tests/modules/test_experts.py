@@ -13,7 +13,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mono_quant_hf import kernels
-from mono_quant_hf.modules import QuantizedExperts, quantized_class_for
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
 from .settings import COMPUTE, SETTINGS, SURVIVALS, check_storage_survives, float_twin
 
@@ -137,7 +137,7 @@ def call(module, inputs):
 def test_result_is_float_arithmetic_on_the_dequantized_weights(kind, weights, symmetric, compute):
     module, inputs, axes = make(kind, compute)
     quantized = quantize(module, weights, symmetric)
-    assert isinstance(quantized, QuantizedExperts) and isinstance(quantized, type(module))
+    assert isinstance(quantized, QuantizedModule) and isinstance(quantized, type(module))
     assert quantized.weight_axes == axes
     exact_inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     expected = call(float_twin(module, axes, weights, symmetric), exact_inputs).detach()
