@@ -28,11 +28,12 @@ _SAFETENSORS_NAMES = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F3
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Header entry of one tensor: where it is, its safetensors dtype (`"I8"`, `"F32"`, ...) and its shape."""
+    """Header entry of one tensor: where it is, its safetensors dtype (`"I8"`, `"F32"`, ...), shape, and name there."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
                             f"{name} is both in {stored[name].file} and in {file}; save the model again."
                         )
                     part = tensors.get_slice(name)
-                    stored[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
+                    stored[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()), name)
         except SafetensorError as problem:
             raise ValueError(f"{file} is damaged ({problem}); download or save it again.") from problem
     return stored
@@ -185,12 +186,12 @@ def flaws_of_stored_tensors(model: nn.Module, stored: dict[str, StoredTensor]) -
             elif found.dtype != dtype or found.shape != tuple(parameter.shape):
                 yield Flaw(
                     found.file,
-                    full_name,
-                    f"Expected {full_name} in {found.file} to be {dtype} {list(parameter.shape)}, got {found.dtype} "
+                    found.name,
+                    f"Expected {found.name} in {found.file} to be {dtype} {list(parameter.shape)}, got {found.dtype} "
                     f"{list(found.shape)}; is it the checkpoint of another model?",
                 )
             elif key.endswith("_scale"):
-                yield from flaws_of_scale(full_name, found.file, opened)
+                yield from flaws_of_scale(found.name, found.file, opened)
 
 
 def flaws_of_scale(key: str, file: str, opened: Callable[[str], Any]) -> Iterator[Flaw]:
