@@ -9,7 +9,6 @@ dequantized weight, which lives as long as the operation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch.utils._pytree import tree_map
 from mono_quant_hf import kernels
 from mono_quant_hf.kernels.convolution import convolution
 from mono_quant_hf.kernels.plain import is_plain
-from mono_quant_hf.kernels.portable import without_autocast
 
 _ATEN = torch.ops.aten
 
@@ -118,9 +116,7 @@ or work on a copy (weight.clone()).
             return func(*args, **kwargs)
         if func in _SETTERS and not any(argument is None or argument is False for argument in args[1:]):
             raise _unchangeable(_SETTERS[func])
-        # A convolution has the dtype of its input, as a product by a quantized Linear has, under autocast too.
-        quiet = without_autocast(args[0].device) if func in _CONVOLUTIONS else nullcontext()
-        with quiet, torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     @classmethod
@@ -157,9 +153,6 @@ def _refuse_change(func: Any, args: Any, kwargs: Any) -> None:
                 raise _unchangeable(func._schema.name)
 
 
-_CONVOLUTIONS = frozenset(
-    (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-)
 # What asks for the memory of a tensor gets that of the codes; so it can be told which weights are one.
 _OF_MEMORY = frozenset((Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.is_shared))
 # What reads values without an operation that could be dispatched.
