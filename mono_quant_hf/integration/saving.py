@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.files import folder_written_aside
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
 from .checkpoint import StoredTensor, check_stored_tensors, read_headers
@@ -109,19 +109,12 @@ def save_quantized(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there already; name a new folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        # A folder of its own inside: the scratch folder is readable by its owner only, what is kept shall not be.
-        new = Path(scratch) / "new"
-        new.mkdir()
+    with folder_written_aside(target) as new:
         save_torch_state_dict(tensors, new, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
         written = read_headers([str(file) for file in sorted(new.glob("*.safetensors"))])
         config.checksums = checksums_of_tensors((name, tensors[name]) for name in written)
         content = _own_config(model) | {"quantization_config": config.to_dict()}
         (new / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        new.rename(target)
 
 
 def load_quantized(
