@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from mono_quant_hf.evaluation.results import Result, jsonable
 from mono_quant_hf.evaluation.sensitivity import contributions, decibels_of, output_sqnr
+from mono_quant_hf.files import file_written_aside
 from mono_quant_hf.integration import Decision
 from mono_quant_hf.modules import QuantizedModule
 
@@ -135,7 +136,8 @@ class QuantizationReport(Result):
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()`."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with file_written_aside(path) as new:
+            new.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def to_png(self, path: str | os.PathLike[str]) -> None:
         """Draw the SQNR of each module by depth and kind, and how the worst channels are spread.
@@ -151,7 +153,8 @@ class QuantizationReport(Result):
         """Write one page with pictures and table that needs no other file and no network."""
         from mono_quant_hf.evaluation.report_pictures import page
 
-        Path(path).write_text(page(self), encoding="utf-8")
+        with file_written_aside(path) as new:
+            new.write_text(page(self), encoding="utf-8")
 
     def table(self, limit: int | None = None) -> str:
         """The modules as aligned text, the worst `limit` of them."""
