@@ -4,7 +4,6 @@ import argparse
 import gc
 import pydoc_data.topics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,13 @@ from transformers.utils import logging as transformers_logging
 from mono_quant_hf import MonoQuantConfig
 from mono_quant_hf.config import WEIGHT_TYPES
 from mono_quant_hf.evaluation import perplexity
+from mono_quant_hf.files import check_room, scratch_folder
+from mono_quant_hf.hub.folders import check_destination, written_beside
+from mono_quant_hf.hub.importing import bytes_when_quantized
 from mono_quant_hf.modules import QuantizedLinear
 
 from .errors import CommandError
-from .models import check_output_files
-from .output import add_json_argument, prints_text, show
+from .output import add_json_argument, check_output_files, prints_text, show
 from .smollm2 import NAME, smollm2_folder
 
 PROMPT = "What is the capital of France, and what is it known for?"
@@ -88,12 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0, or 1 if the model changed by being saved and loaded again."""
     _check(arguments)
     started = time.perf_counter()
-    check_output_files(arguments.json)
+    check_output_files(arguments.json, destination=arguments.keep)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with tempfile.TemporaryDirectory(prefix="mono-quant-hf-demo-") as scratch:
-            same = _demonstrate(arguments, arguments.keep or Path(scratch) / "quantized")
+        with written_beside(arguments.keep) if arguments.keep else scratch_folder() as folder:
+            same = _demonstrate(arguments, folder)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
@@ -111,15 +112,16 @@ def _check(arguments: argparse.Namespace) -> None:
         raise CommandError("--prompt is empty; give a question, or leave it out for the usual one.")
     if arguments.symmetric and arguments.weights != "int8":
         raise CommandError(f"--symmetric is for int8; leave it out with --weights {arguments.weights}.")
-    keep = arguments.keep
-    if keep and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise CommandError(f"--keep {keep} is there already; name a new folder, or remove it first.")
+    if arguments.keep:
+        check_destination(arguments.keep)
 
 
 def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
     _say(f"Finding {NAME} (prepared once, the first time takes longer) ...")
     source, origin = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(source)
+    config = MonoQuantConfig(weights=arguments.weights, symmetric=arguments.symmetric)
+    check_room(folder, bytes_when_quantized(source, config, torch.float32), "The quantized model")
 
     # One model in memory at a time: each is measured and let go before the next is loaded.
     _say("1/3 float32: loading and measuring ...")
@@ -130,7 +132,6 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
     gc.collect()
 
     _say(f"2/3 {arguments.weights}: quantizing on load, measuring and saving ...")
-    config = MonoQuantConfig(weights=arguments.weights, symmetric=arguments.symmetric)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
     quantized = _measure(model, tokenizer, arguments)
     stored = _stored(model)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mono_quant_hf.files import file_written_aside
 from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
 
 from .errors import HubError
 from .exporting import load_quantized
+from .folders import check_not_read
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -30,6 +31,7 @@ ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3"
 """`model_type` of transformers to the architecture's name in `gguf.MODEL_ARCH`."""
 _ROTATED_IN_PAIRS = ("LLAMA",)
 """Architectures for which llama.cpp rotates neighbours, so that the rows of queries and keys are reordered."""
+QUANTIZED_BY = "mono_quant_hf"
 BLOCK = 32
 LARGEST_SCALE_ERROR = 2.0**-10
 """Relative; float16 is worse only for scales below 2^-14, in its subnormal range."""
@@ -60,15 +62,14 @@ def export_gguf(
         destination: a file that ends in .gguf, written whole or not at all.
         tokenizer: written into the file if it is a byte-level BPE, as of Llama 3, Qwen and SmolLM; that of the
             model's folder if None.
-        overwrite: replace a file that is there.
+        overwrite: replace a GGUF file that this package wrote.
 
     Raises:
         HubError: the model is not quantized by mono_quant_hf, is of another architecture or has rotary embeddings
             that cannot be written; the destination is taken; or the package gguf is missing.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
+        >>>         >>> from pathlib import Path
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from mono_quant_hf import MonoQuantConfig, quantize_model
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
@@ -87,9 +88,15 @@ def export_gguf(
     target = Path(destination)
     if target.suffix != ".gguf":
         raise HubError(f"{target} is no name for a GGUF file; give one that ends in .gguf.")
-    if target.is_dir() or (target.exists() and not overwrite):
+    check_not_read(target, model)
+    if os.path.lexists(target) and not overwrite:
         raise HubError(
             f"{target} is there already; name a new file, or allow it to be replaced (--overwrite)."
+        )
+    if os.path.lexists(target) and not _is_ours(target, gguf):
+        raise HubError(
+            f"{target} is no GGUF file that mono_quant_hf wrote, and is not replaced; name another, or remove it "
+            "yourself."
         )
     source: Path | None = None
     if not isinstance(model, PreTrainedModel):
@@ -110,14 +117,12 @@ def export_gguf(
         )
     architecture = gguf.MODEL_ARCH[name]
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        file = Path(scratch) / "model.gguf"
+    with file_written_aside(target) as file:
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
         _add_config(writer, model.config, rope, target.stem, gguf)
         if tokenizer is not None:
-            tokenizer.save_pretrained(Path(scratch) / "tokenizer")
-            _add_tokenizer(writer, Path(scratch) / "tokenizer", model.config, gguf)
+            tokenizer.save_pretrained(file.parent / "tokenizer")
+            _add_tokenizer(writer, file.parent / "tokenizer", model.config, gguf)
         elif source is not None:
             _add_tokenizer(writer, source, model.config, gguf)
         else:
@@ -127,13 +132,24 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        file.replace(target)
+
+
+def _is_ours(file: Path, gguf: Any) -> bool:
+    """Whether this package wrote a GGUF file."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    try:
+        written_by = gguf.GGUFReader(file).get_field("general.quantized_by")
+    except (ValueError, IndexError, KeyError):  # it is no GGUF, or damaged
+        return False
+    return written_by is not None and written_by.contents() == QUANTIZED_BY
 
 
 def _add_config(writer: Any, config: Any, rope: dict[str, Any], name: str, gguf: Any) -> None:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_name(name)
+    writer.add_quantized_by(QUANTIZED_BY)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

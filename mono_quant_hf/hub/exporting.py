@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from mono_quant_hf.config import QUANT_METHOD
+from mono_quant_hf.files import check_room
 from mono_quant_hf.modules import QuantizedModule
 
 from .errors import HubError
@@ -148,7 +149,8 @@ def save_as(
     """Write the tensors with the model's own config and another quantization config, whole or not at all."""
     skeleton = skeleton_like(model)
     skeleton.config.quantization_config = quantization_config
-    with written_beside(destination, overwrite) as folder:
+    check_room(destination, sum(tensor.nbytes for tensor in result.tensors.values()), "The export")
+    with written_beside(destination, overwrite, source) as folder:
         # The skeleton is float and so saves like any model, with the conversions to names on disk.
         skeleton.save_pretrained(folder, state_dict=result.tensors, max_shard_size=max_shard_size)
         if tokenizer is not None:

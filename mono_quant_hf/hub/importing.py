@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Compre
 from transformers.pytorch_utils import Conv1D
 
 from mono_quant_hf.config import FIELDS, QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.files import check_room, scratch_folder
+from mono_quant_hf.integration import quantize_model
 from mono_quant_hf.integration.checkpoint import read_headers
-from mono_quant_hf.integration.selection import aliases_of
+from mono_quant_hf.integration.selection import aliases_of, decide
+from mono_quant_hf.modules.base import STORAGE_DTYPES
 
 from .card import is_hub_id, load_card, model_card
 from .errors import HubError
@@ -47,8 +50,13 @@ def quantize_checkpoint(
     dtype: Any = "auto",
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    calibration: Any = None,
+    **options: Any,
 ) -> str:
     """Write a checkpoint quantized by mono_quant_hf, with its tokenizer or processor and a model card.
+
+    What saving needs is looked at before the work: the folder, and room on its disk. The model is written first, and
+    what of the rest cannot be is warned about.
 
     Args:
         source: folder or Hub name of a float model, or of an int8 one of compressed-tensors or bitsandbytes; or a
@@ -58,8 +66,10 @@ def quantize_checkpoint(
             only the default is allowed then.
         revision: of a source on the Hub.
         dtype: of what is left in float, `"auto"` for that of the checkpoint.
-        overwrite: replace what is at the destination.
+        overwrite: replace a checkpoint that this package wrote.
         max_shard_size: where to split the weights; codes taken over keep the files of the source.
+        calibration: how int8 codes are chosen, as in `quantize_model`; the float model is in memory then.
+        options: of calibration: `sampling`, `compensation`, `resume_folder`, `progress`.
 
     Returns:
         what was done, in a few words.
@@ -67,6 +77,7 @@ def quantize_checkpoint(
     Raises:
         HubError: the source is quantized by mono_quant_hf already or in a way that cannot be read, or the
             destination is taken.
+        OSError: the disk has too little room.
 
     Example:
         >>> import tempfile
@@ -81,31 +92,38 @@ def quantize_checkpoint(
         >>> model.encoder.layer[0].intermediate.dense
         QuantizedLinear(in_features=32, out_features=32, bias=True, weights=int8, asymmetric)
     """
-    check_destination(destination, overwrite)
+    check_destination(destination, overwrite, source)
     config = MonoQuantConfig() if config is None else config
+    quantize_float: Callable[[Path, Path], None] = partial(
+        _quantize_float,
+        config=config,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        calibration=calibration,
+        **options,
+    )
+    rounded = "calibrated" if calibration is not None else "rounded"
     if str(source).endswith(".gguf"):
-        return _from_gguf(Path(source), destination, config, dtype, overwrite, max_shard_size)
+        _from_gguf(Path(source), destination, quantize_float, overwrite)
+        return f"made float and {rounded} a second time, as GGUF has a scale for each block of a row"
     folder = local_folder(source, revision)
     settings = quantization_of(folder)
     method = (settings or {}).get("quant_method")
     if settings is None:
-        how = "rounded from float"
-        with written_beside(destination, overwrite) as new:
-            _quantize_float(folder, new, config, dtype, max_shard_size)
-            _add_card(source, folder, new, destination)
-        return how
+        with written_beside(destination, overwrite, source) as new:
+            quantize_float(folder, new)
+            add_companions(source, folder, new, destination)
+        return f"{rounded} from float"
     if method == QUANT_METHOD:
         raise HubError(
             f"{source} is quantized by mono_quant_hf already; give the float model it was made from."
         )
     if method == "compressed-tensors" and not _codes_fit(folder, settings):
-        with tempfile.TemporaryDirectory(prefix="mono-quant-hf-") as scratch:
-            _dequantize_compressed(folder, Path(scratch), dtype)
-            with written_beside(destination, overwrite) as new:
-                _quantize_float(Path(scratch), new, config, dtype, max_shard_size)
-                copy_companions(folder, new)
-                _add_card(source, folder, new, destination)
-        return "made float and rounded a second time, as its format is not int8 with a scale per channel"
+        with written_beside(destination, overwrite, source) as new, scratch_folder(new.parent) as scratch:
+            _dequantize_compressed(folder, scratch, dtype)
+            quantize_float(scratch, new)
+            add_companions(source, folder, new, destination)
+        return f"made float and {rounded} a second time, as its format is not int8 with a scale per channel"
     if method == "compressed-tensors":
         decode: Callable[[Path, dict[str, Any], Path], MonoQuantConfig] = _take_compressed
     elif method == "bitsandbytes" and settings.get("load_in_8bit"):
@@ -114,38 +132,67 @@ def quantize_checkpoint(
         raise HubError(
             f"{source} is quantized by {method}, which cannot be taken over; give the float model it was made from."
         )
-    if config != MonoQuantConfig():
+    if config != MonoQuantConfig() or calibration is not None:
         raise HubError(
             f"{source} holds int8 codes, which are taken over as they are; leave the settings out, or give the float "
             "model it was made from."
         )
-    with written_beside(destination, overwrite) as new:
+    with written_beside(destination, overwrite, source) as new:
+        check_room(new, sum(file.stat().st_size for file in weight_files(folder)), f"The model of {source}")
         taken = decode(folder, settings, new)
         _write_config(folder, new, taken)
-        copy_companions(folder, new)
-        _add_card(source, folder, new, destination)
+        add_companions(source, folder, new, destination)
     return "the int8 codes taken over as they are"
 
 
 def _quantize_float(
-    folder: Path, new: Path, config: MonoQuantConfig, dtype: Any, max_shard_size: Any
+    folder: Path,
+    new: Path,
+    *,
+    config: MonoQuantConfig,
+    dtype: Any,
+    max_shard_size: Any,
+    calibration: Any,
+    **options: Any,
 ) -> None:
+    """Quantize the float model of a folder into another."""
+    check_room(new, bytes_when_quantized(folder, config, dtype), "The quantized model")
     model_class = model_class_of(AutoConfig.from_pretrained(folder))
-    model = model_class.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    if calibration is None:
+        model = model_class.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    else:
+        reads_text = not isinstance(calibration, str) and (folder / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder) if reads_text else None
+        model = model_class.from_pretrained(folder, dtype=dtype).eval()
+        for part in (model.config, model.generation_config if model.can_generate() else None):
+            if part is not None:
+                part.save_pretrained(new)  # one that cannot be saved shows now, and not after hours
+        quantize_model(model, config, calibration=calibration, tokenizer=tokenizer, **options)
     model.save_pretrained(new, max_shard_size=max_shard_size)
-    copy_companions(folder, new)
 
 
-def _from_gguf(
-    file: Path, destination: Any, config: MonoQuantConfig, dtype: Any, overwrite: bool, max_shard_size: Any
-) -> str:
+def bytes_when_quantized(folder: Path, config: MonoQuantConfig, dtype: Any) -> int:
+    """About what the quantized model of a float one takes on disk; more, where modules are left in float."""
+    skeleton = skeleton_of(folder)
+    recorded: Any = skeleton.config.dtype or torch.float32
+    itemsize = (dtype if isinstance(dtype, torch.dtype) else recorded).itemsize
+    alike = MonoQuantConfig(weights=config.weights, quantize_embeddings=config.quantize_embeddings)
+    quantized = {decision.module for decision in decide(skeleton, alike) if decision.quantized}
+    stored = STORAGE_DTYPES[config.weights].itemsize
+    return sum(
+        p.numel() * (stored if p.dim() > 1 and name.rpartition(".")[0] in quantized else itemsize)
+        for name, p in skeleton.named_parameters()
+    )
+
+
+def _from_gguf(file: Path, destination: Any, quantize_float: Any, overwrite: bool) -> None:
     if not file.is_file():
         raise HubError(f"There is no file {file}.")
     try:
         import gguf  # noqa: F401  transformers reads GGUF with it
     except ImportError as problem:
         raise HubError("Reading GGUF needs the package gguf: pip install 'mono-quant-hf[gguf]'.") from problem
-    with tempfile.TemporaryDirectory(prefix="mono-quant-hf-") as scratch:
+    with written_beside(destination, overwrite, file) as new, scratch_folder(new.parent) as scratch:
         # The numbers of a GGUF file are rounded anew in any case; in float32 that costs nothing more.
         AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -159,17 +206,30 @@ def _from_gguf(
             logger.warning(
                 "The tokenizer in %s cannot be read (%s): add one to %s.", file, problem, destination
             )
-        with written_beside(destination, overwrite) as new:
-            dtype = torch.float32 if dtype == "auto" else dtype
-            _quantize_float(Path(scratch), new, config, dtype, max_shard_size)
-            _add_card(file, Path(scratch), new, destination)
-    return "made float and rounded a second time, as GGUF has a scale for each block of a row"
+        quantize_float(scratch, new)
+        add_companions(file, scratch, new, destination)
 
 
-def _add_card(source: Any, folder: Path, new: Path, destination: str | os.PathLike[str]) -> None:
+def add_companions(source: Any, folder: Path, new: Path, destination: str | os.PathLike[str]) -> None:
+    """Complete a quantized model: what its float model's folder holds beside the weights, and a model card.
+
+    What of that cannot be had is warned about: the model is worth as much without.
+
+    Args:
+        source: what the user calls the float model.
+        folder: where it is.
+        new: where the quantized one is written.
+        destination: where it will be in the end.
+    """
+    copy_companions(folder, new)
     base = str(source) if is_hub_id(str(source)) else None
     name = Path(destination).resolve().name
-    model_card(new, name, original=load_card(folder), base_model=base).save(new / "README.md")
+    try:
+        model_card(new, name, original=load_card(folder), base_model=base).save(new / "README.md")
+    except Exception as problem:
+        logger.warning(
+            "No model card was written (%s: %s); the model itself is whole.", type(problem).__name__, problem
+        )
 
 
 # compressed-tensors
