@@ -3,7 +3,6 @@
 import argparse
 import gc
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from mono_quant_hf.evaluation import (
     record_reference,
     text_embeddings,
 )
+from mono_quant_hf.files import scratch_folder
 from mono_quant_hf.texts import texts
 
 from .errors import CommandError
-from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
-from .output import add_json_argument, show
+from .models import DTYPES, config_of, is_quantized, load_model
+from .output import add_json_argument, check_output_files, show
 from .texts import add_text_arguments, load_text
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -126,7 +126,7 @@ def _language_model(arguments: argparse.Namespace, quantized: Callable[[], Any])
     name, text = load_text(arguments)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     progress = sys.stderr.isatty()
-    with tempfile.TemporaryDirectory(prefix="mono-quant-hf-") as temporary:
+    with scratch_folder() as temporary:
         model = load_model(arguments.model, dtype=arguments.dtype)
         reference = record_reference(
             model,

@@ -16,8 +16,8 @@ from mono_quant_hf.evaluation.passages import max_positions
 from mono_quant_hf.texts import token_sequences
 
 from .errors import CommandError
-from .models import DTYPES, check_output_files, check_png, config_of, is_quantized, load_model
-from .output import add_json_argument, show
+from .models import DTYPES, config_of, is_quantized, load_model
+from .output import add_json_argument, check_output_files, check_png, show
 from .texts import add_text_arguments, load_text
 
 DESCRIPTION = """\

@@ -1,6 +1,5 @@
 """Loading whatever model a command is given, with the class that its config names."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from transformers import AutoConfig, AutoModel
 from mono_quant_hf import MonoQuantConfig
 
 from .errors import CommandError
-from .output import STDOUT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,25 +54,6 @@ def load_model(name: str, quantization: MonoQuantConfig | None = None, dtype: st
             raise
         raise CommandError(f"{name} cannot be loaded: {_first_line(problem)}") from problem
     return model.eval()
-
-
-def check_output_files(*files: Path | None) -> None:
-    """Refuse, before the work and not after it, a file that cannot be written; None and `-` are fine."""
-    for file in files:
-        if file is None or file == STDOUT:
-            continue
-        if file.is_dir() and any(file.iterdir()):
-            raise CommandError(
-                f"{file} is a folder with files in it; name a new one after the option, or a file."
-            )
-        if not file.expanduser().resolve().parent.is_dir():
-            raise CommandError(f"the folder of {file} does not exist; make it first, or name another file.")
-
-
-def check_png(file: Path | None) -> None:
-    """Refuse, before the work and not after it, a picture where nothing can draw it."""
-    if file is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--png needs matplotlib: pip install 'mono-quant-hf[plots]'.")
 
 
 def _first_line(problem: Exception) -> str:
