@@ -20,6 +20,8 @@ from mono_quant_hf.files import SCRATCH, file_written_aside
 MANIFEST, TEXT = "calibration.json", "text.safetensors"
 _KNOWN = (MANIFEST, TEXT, "stage-*.safetensors", f"{SCRATCH}*")
 _OF_ANOTHER = "of another model, samples or settings: choose another folder, or delete it."
+_ABOUT_THE_FILES = ("_name_or_path", "transformers_version", "architectures", "dtype")
+"""Of a config, what is about where a model was saved, and not about what it computes."""
 
 Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Names of tensors with the dtype and shape that each must have."""
@@ -46,14 +48,10 @@ def fingerprint_of(*parts: Any) -> str:
 
 def _add(digest: Any, part: Any) -> None:
     if isinstance(part, nn.Module):
-        # Where it lies and who wrote it down is no part of a model.
         config: Any = getattr(part, "config", None)
         settings: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
-        aside = ("_name_or_path", "transformers_version")
-        _add(
-            digest,
-            json.dumps({k: v for k, v in settings.items() if k not in aside}, sort_keys=True, default=repr),
-        )
+        settings = {key: value for key, value in settings.items() if key not in _ABOUT_THE_FILES}
+        _add(digest, json.dumps(settings, sort_keys=True, default=repr))
         _add(digest, repr(part))
         _add(digest, dict(part.named_parameters()) | dict(part.named_buffers()))
     elif isinstance(part, Tensor):
