@@ -97,14 +97,27 @@ def calibration_batches(
         return _rows(list(_own_text(model, sampling, progress, resume_folder)), sampling, model)
     if isinstance(source, (Tensor, Mapping)) and not hasattr(source, "column_names"):
         source = [source]
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        if len(source) == 0:
-            raise ValueError("calibration is empty: give at least one text or batch.")
-        if _is_batch(source[0]):
-            return [_as_inputs(batch) for batch in source]
+    if isinstance(source, Sequence) and len(source) == 0:
+        raise ValueError("calibration is empty: give at least one text or batch.")
+    if not reads_text(source):
+        return [_as_inputs(batch) for batch in source]
     if tokenizer is None:
         raise TypeError("texts to calibrate on need the model's tokenizer: give tokenizer=.")
     return _rows(_cut(model, source, tokenizer, sampling), sampling, model)
+
+
+def reads_text(source: Any) -> bool:
+    """Whether what to calibrate on is text, for which the model's tokenizer is needed.
+
+    Example:
+        >>> reads_text(["a text"]), reads_text("self"), reads_text([torch.zeros(3, 2)])
+        (True, False, False)
+    """
+    if isinstance(source, str) or (
+        isinstance(source, (Tensor, Mapping)) and not hasattr(source, "column_names")
+    ):
+        return False
+    return not (isinstance(source, Sequence) and len(source) > 0 and _is_batch(source[0]))
 
 
 def _own_text(

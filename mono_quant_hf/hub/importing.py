@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
 from transformers.pytorch_utils import Conv1D
 
+from mono_quant_hf.calibration.samples import reads_text
 from mono_quant_hf.config import FIELDS, QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.files import check_room, scratch_folder
 from mono_quant_hf.integration import quantize_model
@@ -161,8 +162,7 @@ def _quantize_float(
     if calibration is None:
         model = model_class.from_pretrained(folder, dtype=dtype, quantization_config=config)
     else:
-        reads_text = not isinstance(calibration, str) and (folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(folder) if reads_text else None
+        tokenizer = AutoTokenizer.from_pretrained(folder) if reads_text(calibration) else None
         model = model_class.from_pretrained(folder, dtype=dtype).eval()
         for part in (model.config, model.generation_config if model.can_generate() else None):
             if part is not None:

@@ -182,6 +182,21 @@ def test_links_are_not_followed_out_of_the_source(here, caplog):
         assert name not in content and f"float/{name} was not copied" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_what_a_model_would_save_again_is_not_read_from_elsewhere(name, here, capsys):
+    secret = json.loads((here / "float" / name).read_text()) | {"password": "secret"}
+    (here / "secret.json").write_text(json.dumps(secret))
+    for source, command in (
+        ("float", ["quantize", "float", "new"]),
+        ("float", ["search", "float", "--max-size", "1GB", "--save", "new"]),
+        ("int8", ["export", "int8", "new", "--format", "compressed-tensors"]),
+    ):
+        (here / source / name).unlink()
+        (here / source / name).symlink_to("../secret.json")
+        assert main(command) == 2 and not (here / "new").exists()
+        assert f"{name} is a link that leads out" in capsys.readouterr().err
+
+
 def test_a_push_refuses_links_that_lead_out_of_the_folder(here):
     (here / "secret").write_text("secret")
     for name, target in (
