@@ -104,25 +104,28 @@ def file_written_aside(destination: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(target.parent)
 
 
-def check_room(folder: str | os.PathLike[str], needed: int, what: str) -> None:
+def check_room(
+    folder: str | os.PathLike[str],
+    needed: int,
+    what: str,
+    remedy: str = "make room, or name a folder on another disk",
+) -> None:
     """Refuse what does not fit on the disk, before the work and not after it.
 
     Args:
         folder: to be written to; need not be there yet.
         needed: bytes.
         what: is written, for the message.
+        remedy: for the message.
 
     Raises:
         OSError: fewer bytes are free.
     """
-    there = next(
-        path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(there).free
+    path = Path(folder).absolute()
+    free = shutil.disk_usage(next(there for there in (path, *path.parents) if there.exists())).free
     if needed > free:
         raise OSError(
-            f"{what} needs {_size(needed)} in {folder}, where {_size(free)} are free; make room, or name a folder on "
-            "another disk."
+            f"{what} needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: {remedy}."
         )
 
 
@@ -245,8 +248,3 @@ def _sync(path: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-
-def _size(count: int) -> str:
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
-    return f"{count / unit:,.1f} {name}"

@@ -164,6 +164,6 @@ def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch, caplog):
 def test_room_is_asked_of_the_disk_that_the_folder_will_be_on(tmp_path):
     check_room(tmp_path / "not" / "there" / "yet", 1, "It")
     with pytest.raises(
-        OSError, match=r"The model needs 1,000,000,000\.0 GB in .*new, where .* are free; make room"
+        OSError, match=r"The model needs 1000000000\.0 GB in .*new, where .* are free: make room"
     ):
         check_room(tmp_path / "new", 10**18, "The model")

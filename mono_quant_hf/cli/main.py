@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         with signals_raise(), progress_on_terminals_only():
-            remove_leftovers(Path(tempfile.gettempdir()))
+            with contextlib.suppress(OSError):  # there may be no such folder, nor need of one
+                remove_leftovers(Path(tempfile.gettempdir()))
             code: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:

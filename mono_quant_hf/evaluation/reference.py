@@ -162,7 +162,8 @@ def record_reference(
         for index, (number, (passage, logits)) in enumerate(zip(missing, scored, strict=True)):
             stored = _stored(logits, dtype)
             if index == 0:
-                check_room(folder, left * stored.shape[-1] * stored.element_size(), "The reference")
+                needed = left * stored.shape[-1] * stored.element_size()
+                check_room(folder, needed, "the reference", "give a smaller max_tokens or another folder")
             tensors = {
                 "input_ids": passage.input_ids,
                 "positions": passage.positions,

@@ -69,7 +69,8 @@ def export_gguf(
             that cannot be written; the destination is taken; or the package gguf is missing.
 
     Example:
-        >>>         >>> from pathlib import Path
+        >>> import tempfile
+        >>> from pathlib import Path
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from mono_quant_hf import MonoQuantConfig, quantize_model
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
