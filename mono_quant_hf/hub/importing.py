@@ -78,6 +78,7 @@ def quantize_checkpoint(
     Raises:
         HubError: the source is quantized by mono_quant_hf already or in a way that cannot be read, or the
             destination is taken.
+        TypeError: options of calibration without it.
         OSError: the disk has too little room.
 
     Example:
@@ -103,10 +104,12 @@ def quantize_checkpoint(
         calibration=calibration,
         **options,
     )
-    rounded = "calibrated" if calibration is not None else "rounded"
+    if options and calibration is None:
+        raise TypeError(f"{next(iter(options))} is for calibration; give calibration= too, or leave it out.")
+    again = "rounded a second time" if calibration is None else "calibrated"
     if str(source).endswith(".gguf"):
         _from_gguf(Path(source), destination, quantize_float, overwrite)
-        return f"made float and {rounded} a second time, as GGUF has a scale for each block of a row"
+        return f"made float and {again}, as GGUF has a scale for each block of a row"
     folder = local_folder(source, revision)
     settings = quantization_of(folder)
     method = (settings or {}).get("quant_method")
@@ -114,7 +117,7 @@ def quantize_checkpoint(
         with written_beside(destination, overwrite, source) as new:
             quantize_float(folder, new)
             add_companions(source, folder, new, destination)
-        return f"{rounded} from float"
+        return "rounded from float" if calibration is None else "calibrated from float"
     if method == QUANT_METHOD:
         raise HubError(
             f"{source} is quantized by mono_quant_hf already; give the float model it was made from."
@@ -124,7 +127,7 @@ def quantize_checkpoint(
             _dequantize_compressed(folder, scratch, dtype)
             quantize_float(scratch, new)
             add_companions(source, folder, new, destination)
-        return f"made float and {rounded} a second time, as its format is not int8 with a scale per channel"
+        return f"made float and {again}, as its format is not int8 with a scale per channel"
     if method == "compressed-tensors":
         decode: Callable[[Path, dict[str, Any], Path], MonoQuantConfig] = _take_compressed
     elif method == "bitsandbytes" and settings.get("load_in_8bit"):
