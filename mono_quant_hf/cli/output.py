@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers.utils import logging as transformers_logging
+
+from mono_quant_hf.texts import printable
 
 STDOUT = Path("-")
 
@@ -33,9 +35,14 @@ def prints_text(arguments: argparse.Namespace) -> bool:
 def show(arguments: argparse.Namespace, text: str, result: dict[str, Any]) -> None:
     """Print a result as text or as JSON, or both, as `--json` says."""
     content = json.dumps(result, indent=2)
-    print(text if prints_text(arguments) else content)
+    say(text if prints_text(arguments) else content)
     if arguments.json and prints_text(arguments):
         arguments.json.write_text(content + "\n", encoding="utf-8")
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print to standard output, or to `file`, what may hold a stranger's names."""
+    print(printable(text), file=file, flush=True)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from mono_quant_hf.hub import quantize_checkpoint
 from mono_quant_hf.hub.folders import check_destination, written_beside
 
 from .errors import CommandError
-from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
+from .models import DTYPES, check_output_files, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, show
 from .texts import add_text_arguments, load_text
 
@@ -142,7 +142,7 @@ def _calibrated(arguments: argparse.Namespace, config: MonoQuantConfig) -> Any:
     if calibration == "text":
         _, text = load_text(arguments)
         calibration = [text] if isinstance(text, str) else text
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = load_processor(arguments.model)
     sampling = Sampling(
         samples=arguments.samples, length=arguments.length, column=arguments.column, seed=arguments.seed
     )

@@ -7,16 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.evaluation import search_overrides
 from mono_quant_hf.hub.folders import written_beside
 
 from .errors import CommandError
 from .inspect import text_batches
-from .models import DTYPES, check_output_files, check_png, config_of, is_quantized, load_model
-from .output import add_json_argument, show
+from .models import DTYPES, check_output_files, check_png, config_of, is_quantized, load_model, load_processor
+from .output import add_json_argument, say, show
 from .texts import add_text_arguments
 
 DESCRIPTION = """\
@@ -97,8 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         quantized: Any = quantize_model(model, config)
         with written_beside(arguments.save) as folder:
             quantized.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(arguments.model).save_pretrained(folder)
-        print(f"Saved to {arguments.save}.", file=sys.stderr)
+            load_processor(arguments.model).save_pretrained(folder)
+        say(f"Saved to {arguments.save}.", sys.stderr)
     if not result.met:
         print("The budget cannot be met; the nearest model is shown.", file=sys.stderr)
         return 1

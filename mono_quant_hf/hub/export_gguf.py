@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
 
 from .errors import HubError
 from .exporting import load_quantized
+from .opening import making
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -119,7 +121,8 @@ def export_gguf(
             tokenizer.save_pretrained(Path(scratch) / "tokenizer")
             _add_tokenizer(writer, Path(scratch) / "tokenizer", model.config, gguf)
         elif source is not None:
-            _add_tokenizer(writer, source, model.config, gguf)
+            with making(source, "its files are no tokenizer that can be written"):
+                _add_tokenizer(writer, source, model.config, gguf)
         else:
             writer.add_tokenizer_model("none")
         _add_tensors(writer, model, architecture, name in _ROTATED_IN_PAIRS, gguf)
@@ -246,8 +249,8 @@ def _reordered(tensor: Tensor, heads: int | None) -> Tensor:
 
 def _add_tokenizer(writer: Any, folder: Path, config: Any, gguf: Any) -> None:
     file = folder / "tokenizer.json"
-    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if data.get("model", {}).get("type") != "BPE" or "ByteLevel" not in json.dumps(data.get("pre_tokenizer")):
+    data = read_json(file) if file.is_file() else {}
+    if _part(data, "model").get("type") != "BPE" or "ByteLevel" not in json.dumps(data.get("pre_tokenizer")):
         logger.warning(
             "The tokenizer in %s is no byte-level BPE, so it is not in the GGUF file; keep its files beside it.",
             folder,
@@ -266,6 +269,11 @@ def _add_tokenizer(writer: Any, folder: Path, config: Any, gguf: Any) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _part(data: dict[str, Any], key: str) -> dict[str, Any]:
+    part = data.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _pre_tokenizer(data: dict[str, Any], model_type: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from mono_quant_hf.json_files import read_index, read_json
 
 from .errors import HubError
 
@@ -21,21 +21,6 @@ WEIGHT_PATTERNS = (
 
 
 INDEX = "model.safetensors.index.json"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        HubError: it holds something else; the message names the file.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise HubError(f"{file} is no JSON ({problem}); download or save the model again.") from problem
-    if not isinstance(content, dict):
-        raise HubError(f"{file} holds no JSON object; download or save the model again.")
-    return content
 
 
 @contextmanager
@@ -105,8 +90,14 @@ def copy_companions(source: Path, destination: Path) -> None:
 def _module_folders(folder: Path) -> set[str]:
     """The folders of a sentence-transformers model: pooling, dense layers and so on."""
     file = folder / "modules.json"
-    modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    return {module["path"] for module in modules if isinstance(module, dict) and module.get("path")}
+    modules = read_json(file, (list,)) if file.is_file() else []
+    paths = (module.get("path") for module in modules if isinstance(module, dict))
+    return {path for path in paths if isinstance(path, str) and path}
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder holds weights as safetensors, or an index of such."""
+    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -114,10 +105,11 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         HubError: there is none, or the index names one that is missing.
+        ValueError: the index is damaged, or names files elsewhere.
     """
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(read_index(index).values()))
     else:
         single = folder / "model.safetensors"
         names = (

@@ -62,6 +62,11 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  not a dict
+                    if not name.isprintable():
+                        raise ValueError(
+                            f"{file} holds a tensor named {name!r}, with characters that no name has; download or save "
+                            "it again."
+                        )
                     if name in stored:
                         raise ValueError(
                             f"{name} is both in {stored[name].file} and in {file}; save the model again."
