@@ -4,13 +4,14 @@ import base64
 import copy
 import difflib
 import re
-import reprlib
 from collections.abc import Callable, Collection
 from math import prod
 from typing import Any
 
 import regex
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .texts import shown
 
 QUANT_METHOD = "mono_quant"
 FORMAT_VERSION = 1
@@ -131,15 +132,6 @@ class MonoQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The whole config as JSON data, `quant_method` included."""
         return {"quant_method": self.quant_method, **copy.deepcopy(self.__dict__)}
-
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 200
-
-
-def shown(value: Any) -> str:
-    """What may be a stranger's, as far as it fits a line."""
-    return _repr.repr(value)
 
 
 def _describe_unknown(name: str, format_version: Any) -> str:

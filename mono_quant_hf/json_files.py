@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .texts import one_line
+from .texts import one_line, shown
 
 _NAMES: dict[type, str] = {dict: "object", list: "list"}
 MOST_LEVELS = 100
@@ -61,9 +61,16 @@ def read_index(file: str | Path) -> dict[str, str]:
         raise _damaged(file, "is no index of weights")
     for tensor, name in weight_map.items():
         if not tensor.isprintable():
-            raise _damaged(file, f"names the tensor {tensor!r}, with characters that no name has,")
-        if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or "\\" in name:
-            raise _damaged(file, f"says that {tensor} is in {name!r}, which is no file beside it")
+            raise _damaged(file, f"names the tensor {shown(tensor)}, with characters that no name has,")
+        if (
+            not isinstance(name, str)
+            or not name.isprintable()
+            or not name.endswith(".safetensors")
+            or not {"/", "\\"}.isdisjoint(name)
+        ):
+            raise _damaged(
+                file, f"says that {tensor[:200]} is in {shown(name)}, which is no safetensors file beside it"
+            )
     return weight_map
 
 
@@ -71,7 +78,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is in it twice")
+        raise ValueError(f"{shown(next(key for key in keys if keys.count(key) > 1))} is in it twice")
     return made
 
 

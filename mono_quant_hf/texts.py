@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -142,6 +143,15 @@ def special_frame(tokenizer: Any) -> tuple[Tensor, Tensor]:
     before = special.index(0) if 0 in special else len(special)
     after = list(reversed(special)).index(0) if 0 in special else 0
     return ids[:before], ids[len(ids) - after :]
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
+
+
+def shown(value: Any) -> str:
+    """A value that may be a stranger's as Python writes it, as far as it fits a line."""
+    return _repr.repr(value)
 
 
 def one_line(text: str) -> str:

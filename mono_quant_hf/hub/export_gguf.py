@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def export_gguf(
     architecture = gguf.MODEL_ARCH[name]
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+    strange = making(source, "its files hold what cannot be written as GGUF") if source else nullcontext()
+    with strange, tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         file = Path(scratch) / "model.gguf"
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
         _add_config(writer, model.config, rope, target.stem, gguf)
@@ -121,8 +123,7 @@ def export_gguf(
             tokenizer.save_pretrained(Path(scratch) / "tokenizer")
             _add_tokenizer(writer, Path(scratch) / "tokenizer", model.config, gguf)
         elif source is not None:
-            with making(source, "its files are no tokenizer that can be written"):
-                _add_tokenizer(writer, source, model.config, gguf)
+            _add_tokenizer(writer, source, model.config, gguf)
         else:
             writer.add_tokenizer_model("none")
         _add_tensors(writer, model, architecture, name in _ROTATED_IN_PAIRS, gguf)

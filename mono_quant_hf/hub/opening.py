@@ -93,7 +93,8 @@ def model_class_of(folder: Path, config: PreTrainedConfig) -> type[PreTrainedMod
     Raises:
         HubError: the config.json in `folder` names none, or none of transformers' models.
     """
-    names = [name for name in config.architectures or () if isinstance(name, str)]
+    listed = config.architectures if isinstance(config.architectures, list) else []
+    names = [name for name in listed if isinstance(name, str)]
     for name in names:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -141,8 +142,14 @@ def model_of(folder: Path, **options: Any) -> PreTrainedModel:
         if settings is None:
             check_float(folder, stored)
     with making(folder, "it cannot be loaded as its config.json says"):
-        model: PreTrainedModel = model_class.from_pretrained(folder, **options)
-    return model
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise HubError(
+            f"{folder} lacks {len(missing)} tensors that its config.json asks for, such as {missing[0]}; download or "
+            "save the model again."
+        )
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def processor_of(folder: Path, auto_class: Any) -> Any:

@@ -12,7 +12,8 @@ from time import thread_time
 # The standard library's re has no bound on time, and `(.*.*)*x` takes longer than the universe has.
 import regex
 
-from mono_quant_hf.config import LITERAL, shown
+from mono_quant_hf.config import LITERAL
+from mono_quant_hf.texts import shown
 
 logger = logging.getLogger("mono_quant_hf")
 
