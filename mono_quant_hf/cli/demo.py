@@ -6,6 +6,7 @@ import pydoc_data.topics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mono_quant_hf.hub.importing import bytes_when_quantized
 from mono_quant_hf.modules import QuantizedLinear
 
 from .errors import CommandError
-from .output import add_json_argument, check_output_files, prints_text, show
+from .output import add_json_argument, check_output_files, prints_text, say, show
 from .smollm2 import NAME, smollm2_folder
 
 PROMPT = "What is the capital of France, and what is it known for?"
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    tell = print if prints_text(arguments) else _say
+    tell = say if prints_text(arguments) else partial(say, file=sys.stderr)
     if arguments.keep:
         tell(f"The quantized model is kept in {arguments.keep}.")
     tell(f"All of it took {time.perf_counter() - started:.0f} s.")
@@ -117,21 +118,21 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
-    _say(f"Finding {NAME} (prepared once, the first time takes longer) ...")
+    say(f"Finding {NAME} (prepared once, the first time takes longer) ...", sys.stderr)
     source, origin = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(source)
     config = MonoQuantConfig(weights=arguments.weights, symmetric=arguments.symmetric)
     check_room(folder, bytes_when_quantized(source, config, torch.float32), "The quantized model")
 
     # One model in memory at a time: each is measured and let go before the next is loaded.
-    _say("1/3 float32: loading and measuring ...")
+    say("1/3 float32: loading and measuring ...", sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     kind, layers = type(model).__name__, model.config.num_hidden_layers
     float_model = _measure(model, tokenizer, arguments)
     del model
     gc.collect()
 
-    _say(f"2/3 {arguments.weights}: quantizing on load, measuring and saving ...")
+    say(f"2/3 {arguments.weights}: quantizing on load, measuring and saving ...", sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
     quantized = _measure(model, tokenizer, arguments)
     stored = _stored(model)
@@ -140,7 +141,7 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
     del model
     gc.collect()
 
-    _say("3/3 loading what was saved ...")
+    say("3/3 loading what was saved ...", sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answer, logits = _answer(model, tokenizer, arguments.prompt)
     same_text, same_logits = answer == quantized.answer, torch.equal(logits, quantized.logits)
@@ -263,7 +264,3 @@ def _change(old: float, new: float, digits: int = 1) -> str:
 
 def _yes(condition: bool) -> str:
     return "yes" if condition else "NO"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

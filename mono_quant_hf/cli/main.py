@@ -17,7 +17,7 @@ from mono_quant_hf.files import remove_leftovers
 
 from . import demo, evaluate, export, inspect, push, quantize, search, verify
 from .errors import explained
-from .output import progress_on_terminals_only
+from .output import progress_on_terminals_only, say
 
 PROGRAM = "mono-quant-hf"
 TRACEBACK = "MONO_QUANT_HF_TRACEBACK"
@@ -119,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + ended_by
     except Exception as problem:
         if (said := explained(problem)) is not None and not os.environ.get(TRACEBACK):
-            print(f"{PROGRAM}: error: {said}", file=sys.stderr)
+            say(f"{PROGRAM}: error: {said}", sys.stderr)
             return 2
-        traceback.print_exc()
+        say(traceback.format_exc(), sys.stderr)
         print(f"{PROGRAM}: this is a mistake of the program's; please report it.", file=sys.stderr)
         return 3
     return code

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers.utils import logging as transformers_logging
 
 from mono_quant_hf import __version__
 from mono_quant_hf.files import file_written_aside
+from mono_quant_hf.texts import printable
 
 from .errors import CommandError
 
@@ -46,7 +47,7 @@ def prints_text(arguments: argparse.Namespace) -> bool:
 def show(arguments: argparse.Namespace, text: str, result: dict[str, Any]) -> None:
     """Print a result as text or as JSON, or both, as `--json` says."""
     content = json.dumps({PACKAGE: __version__} | result, indent=2)
-    print(text if prints_text(arguments) else content)
+    say(text if prints_text(arguments) else content)
     if arguments.json and prints_text(arguments):
         with file_written_aside(arguments.json) as new:
             new.write_text(content + "\n", encoding="utf-8")
@@ -93,6 +94,11 @@ def check_png(file: Path | None) -> None:
     """Refuse, before the work and not after it, a picture where nothing can draw it."""
     if file is not None and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--png needs matplotlib: pip install 'mono-quant-hf[plots]'.")
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print to standard output, or to `file`, what may hold a stranger's names."""
+    print(printable(text), file=file, flush=True)
 
 
 @contextmanager

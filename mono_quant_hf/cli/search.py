@@ -18,7 +18,7 @@ from mono_quant_hf.hub.sources import local_folder
 from .errors import CommandError
 from .inspect import text_batches
 from .models import DTYPES, config_of, is_quantized, load_model
-from .output import add_json_argument, check_output_files, check_png, show
+from .output import add_json_argument, check_output_files, check_png, say, show
 from .texts import add_text_arguments
 
 DESCRIPTION = """\
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png:
         result.to_png(arguments.png)
     if arguments.save:
-        print(f"Saved to {arguments.save}.", file=sys.stderr)
+        say(f"Saved to {arguments.save}.", sys.stderr)
     if not result.met:
         print("The budget cannot be met; the nearest model is shown.", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mono_quant_hf.files import file_written_aside
+from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
 
 from .errors import HubError
 from .exporting import load_quantized
 from .folders import check_not_read
+from .opening import making
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -118,7 +121,8 @@ def export_gguf(
         )
     architecture = gguf.MODEL_ARCH[name]
 
-    with file_written_aside(target) as file:
+    strange = making(source, "its files hold what cannot be written as GGUF") if source else nullcontext()
+    with strange, file_written_aside(target) as file:
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
         _add_config(writer, model.config, rope, target.stem, gguf)
         if tokenizer is not None:
@@ -263,8 +267,8 @@ def _reordered(tensor: Tensor, heads: int | None) -> Tensor:
 
 def _add_tokenizer(writer: Any, folder: Path, config: Any, gguf: Any) -> None:
     file = folder / "tokenizer.json"
-    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if data.get("model", {}).get("type") != "BPE" or "ByteLevel" not in json.dumps(data.get("pre_tokenizer")):
+    data = read_json(file) if file.is_file() else {}
+    if _part(data, "model").get("type") != "BPE" or "ByteLevel" not in json.dumps(data.get("pre_tokenizer")):
         logger.warning(
             "The tokenizer in %s is no byte-level BPE, so it is not in the GGUF file; keep its files beside it.",
             folder,
@@ -283,6 +287,11 @@ def _add_tokenizer(writer: Any, folder: Path, config: Any, gguf: Any) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _part(data: dict[str, Any], key: str) -> dict[str, Any]:
+    part = data.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _pre_tokenizer(data: dict[str, Any], model_type: str) -> str:

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mono_quant_hf.config import QUANT_METHOD
 from mono_quant_hf.files import check_room
 from mono_quant_hf.modules import QuantizedModule
 
 from .errors import HubError
-from .facts import model_class_of, quantization_of
 from .folders import copy_companions, written_beside
+from .opening import model_of, quantization_of
 from .sources import local_folder
 
 logger = logging.getLogger("mono_quant_hf")
@@ -51,7 +51,7 @@ def load_quantized(
     """A model quantized by mono_quant_hf, from a folder or the Hub, and its folder.
 
     Raises:
-        HubError: it is not one.
+        HubError, ValueError: it is not one, or a file of it is damaged.
     """
     folder = local_folder(source, revision)
     method = (quantization_of(folder) or {}).get("quant_method")
@@ -60,8 +60,7 @@ def load_quantized(
             f"The model in {folder} is {f'quantized by {method}' if method else 'float'}, not quantized by "
             "mono_quant_hf; quantize it first (mono-quant-hf quantize)."
         )
-    model_class = model_class_of(AutoConfig.from_pretrained(folder))
-    return model_class.from_pretrained(folder), folder
+    return model_of(folder), folder
 
 
 def rewritten(model: PreTrainedModel, rewrite: Rewrite) -> Rewritten:

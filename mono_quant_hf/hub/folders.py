@@ -13,6 +13,7 @@ from typing import Any
 
 from mono_quant_hf.config import QUANT_METHOD
 from mono_quant_hf.files import folder_written_aside
+from mono_quant_hf.json_files import read_index, read_json
 
 from .errors import HubError
 
@@ -48,21 +49,6 @@ _USUAL = (
 """What `save_pretrained` and `save_quantized` write, and a model card."""
 
 INDEX = "model.safetensors.index.json"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        HubError: it holds something else; the message names the file.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise HubError(f"{file} is no JSON ({problem}); download or save the model again.") from problem
-    if not isinstance(content, dict):
-        raise HubError(f"{file} holds no JSON object; download or save the model again.")
-    return content
 
 
 @contextmanager
@@ -148,7 +134,7 @@ def _foreign(folder: Path) -> str | None:
     """Something in a folder that is no part of a checkpoint that this package wrote, None where there is nothing."""
     try:
         contents = folder / CONTENTS
-        listed = set(json.loads(contents.read_text(encoding="utf-8"))) if contents.is_file() else None
+        listed = set(read_json(contents, (list,))) if contents.is_file() else None
         if listed is None and (
             read_json(folder / "config.json")["quantization_config"]["quant_method"] != QUANT_METHOD
         ):
@@ -217,12 +203,17 @@ def _module_folders(folder: Path) -> set[str]:
     """The folders of a sentence-transformers model: pooling, dense layers and so on."""
     file = folder / "modules.json"
     try:
-        modules = list(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else []
-    except (OSError, ValueError, TypeError) as problem:
+        modules = read_json(file, (list,)) if file.is_file() else []
+    except (OSError, ValueError) as problem:
         logger.warning("%s cannot be read (%s), so the modules that it names are not copied.", file, problem)
         return set()
-    paths = [module.get("path") for module in modules if isinstance(module, dict)]
+    paths = (module.get("path") for module in modules if isinstance(module, dict))
     return {Path(path).parts[0] for path in paths if isinstance(path, str) and path}
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder holds weights as safetensors, or an index of such."""
+    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -230,10 +221,11 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         HubError: there is none, or the index names one that is missing.
+        ValueError: the index is damaged, or names files elsewhere.
     """
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(read_index(index).values()))
     else:
         single = folder / "model.safetensors"
         names = (

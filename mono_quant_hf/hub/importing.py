@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
 from transformers.pytorch_utils import Conv1D
 
 from mono_quant_hf.calibration.samples import reads_text
@@ -27,14 +27,15 @@ from mono_quant_hf.files import check_room, scratch_folder
 from mono_quant_hf.integration import quantize_model
 from mono_quant_hf.integration.checkpoint import read_headers
 from mono_quant_hf.integration.selection import aliases_of, decide
+from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules.base import STORAGE_DTYPES
 
 from .card import is_hub_id, load_card, model_card
 from .errors import HubError
 from .export_bitsandbytes import ROW_MAJOR
 from .export_compressed_tensors import unpack
-from .facts import model_class_of, quantization_of, skeleton_of
 from .folders import check_destination, copy_companions, weight_files, written_beside
+from .opening import making, model_of, processor_of, quantization_of, skeleton_of
 from .sources import local_folder
 
 logger = logging.getLogger("mono_quant_hf")
@@ -80,6 +81,7 @@ def quantize_checkpoint(
             destination is taken.
         TypeError: options of calibration without it.
         OSError: the disk has too little room.
+        HubError, ValueError: a file of the source is damaged; the message names it.
 
     Example:
         >>> import tempfile
@@ -161,12 +163,11 @@ def _quantize_float(
 ) -> None:
     """Quantize the float model of a folder into another."""
     check_room(new, bytes_when_quantized(folder, config, dtype), "The quantized model")
-    model_class = model_class_of(AutoConfig.from_pretrained(folder))
     if calibration is None:
-        model = model_class.from_pretrained(folder, dtype=dtype, quantization_config=config)
+        model = model_of(folder, dtype=dtype, quantization_config=config)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(folder) if reads_text(calibration) else None
-        model = model_class.from_pretrained(folder, dtype=dtype).eval()
+        tokenizer = processor_of(folder, AutoTokenizer) if reads_text(calibration) else None
+        model = model_of(folder, dtype=dtype).eval()
         for part in (model.config, model.generation_config if model.can_generate() else None):
             if part is not None:
                 part.save_pretrained(new)  # one that cannot be saved shows now, and not after hours
@@ -197,12 +198,15 @@ def _from_gguf(file: Path, destination: Any, quantize_float: Any, overwrite: boo
         raise HubError("Reading GGUF needs the package gguf: pip install 'mono-quant-hf[gguf]'.") from problem
     with written_beside(destination, overwrite, file) as new, scratch_folder(new.parent) as scratch:
         # The numbers of a GGUF file are rounded anew in any case; in float32 that costs nothing more.
-        AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        ).save_pretrained(scratch)
+        with making(file, "it is no GGUF file that transformers can read"):
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+        model.save_pretrained(scratch)
+        del model
         try:
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(scratch)
         except (ValueError, KeyError, NotImplementedError) as problem:
@@ -238,10 +242,26 @@ def add_companions(source: Any, folder: Path, new: Path, destination: str | os.P
 # compressed-tensors
 
 
+def _groups(folder: Path, settings: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    """What each of the config groups says of `"weights"` or `"input_activations"`; nothing where it says null.
+
+    Raises:
+        HubError: they are not what the format has.
+    """
+    groups = settings.get("config_groups")
+    if isinstance(groups, dict) and all(isinstance(group, dict) for group in groups.values()):
+        parts = [group.get(part) or {} for group in groups.values()]
+        if all(isinstance(settings, dict) for settings in parts):
+            return parts
+    raise HubError(
+        f"{folder / 'config.json'} has no config_groups as compressed-tensors writes them; download or save the model "
+        "again."
+    )
+
+
 def _codes_fit(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether all that is quantized is int8 with a scale per output channel or per tensor."""
-    for group in settings.get("config_groups", {}).values():
-        weights = group.get("weights") or {}
+    for weights in _groups(folder, settings, "weights"):
         if (
             (weights.get("num_bits"), weights.get("type")) != (8, "int")
             or weights.get("strategy") not in ("channel", "tensor")
@@ -290,9 +310,7 @@ def _take_compressed(folder: Path, settings: dict[str, Any], new: Path) -> MonoQ
         return tensors
 
     _convert_files(folder, new, convert)
-    settings_of_groups = [
-        group.get("input_activations") or {} for group in settings["config_groups"].values()
-    ]
+    settings_of_groups = _groups(folder, settings, "input_activations")
     more: dict[str, Any] = {}
     if any(settings_of_groups):
         dynamic = all(one.get("dynamic") is True and one.get("num_bits") == 8 for one in settings_of_groups)
@@ -314,9 +332,8 @@ def _dequantize_compressed(folder: Path, scratch: Path, dtype: Any) -> None:
         raise HubError(
             "Reading this format needs compressed-tensors: pip install 'mono-quant-hf[compressed-tensors]'."
         ) from problem
-    model_class = model_class_of(AutoConfig.from_pretrained(folder))
     how = CompressedTensorsConfig(dequantize=True)
-    model_class.from_pretrained(folder, dtype=dtype, quantization_config=how).save_pretrained(scratch)
+    model_of(folder, dtype=dtype, quantization_config=how).save_pretrained(scratch)
     _write_config(scratch, scratch, None)
 
 
@@ -345,7 +362,9 @@ def _take_bitsandbytes(folder: Path, settings: dict[str, Any], new: Path) -> Mon
                 f"{name} is in a layout that bitsandbytes no longer writes; load and save the model with a current "
                 "bitsandbytes first."
             )
-        codes, scale = load(name), (load(f"{base}.SCB").float() / 127).reshape(-1, 1)
+        scale = (load(f"{base}.SCB").float() / 127).reshape(-1, 1)
+        codes = load(name).masked_fill(scale == 0, 0)  # a row of zeros
+        scale = scale.masked_fill(scale == 0, 1)
         if base in transposed:
             codes, scale = codes.T.contiguous(), scale.T.contiguous()
         return {name: codes, f"{base}.weight_scale": scale}
@@ -373,7 +392,10 @@ def _convert_files(folder: Path, new: Path, convert: Callable[[str, Load], dict[
     for file in files:
         made: dict[str, Tensor] = {}
         for name in sorted(name for name, at in where.items() if at == str(file)):
-            made |= convert(name, load)
+            with making(file, f"{name} in it is not what the format says"):
+                tensors = convert(name, load)
+            _check_codes(file, tensors)
+            made |= tensors
         save_file(made, new / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(made, file.name)
         total += sum(tensor.nbytes for tensor in made.values())
@@ -383,9 +405,20 @@ def _convert_files(folder: Path, new: Path, convert: Callable[[str, Load], dict[
         (new / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
+def _check_codes(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse what could be written, and not loaded: a scale that is none, or one of something else than codes."""
+    for name, scale in tensors.items():
+        if name.endswith("_scale"):
+            codes = tensors[name.removesuffix("_scale")]
+            if codes.dtype is not torch.int8 or not bool((scale.isfinite() & (scale > 0)).all()):
+                raise HubError(
+                    f"{name} in {file} is no positive scale of int8 codes; download or save the model again."
+                )
+
+
 def _write_config(folder: Path, new: Path, config: MonoQuantConfig | None) -> None:
     """The config.json of `folder` with another quantization config, or with none."""
-    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data = read_json(folder / "config.json")
     data.pop("compression_config", None)
     data.pop("quantization_config", None)
     if config is not None:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from mono_quant_hf.files import scratch_folder
 from mono_quant_hf.modules import QuantizedModule
 
-from .card import PLOTS_FOLDER, check_card, is_hub_id, load_card, model_card
+from .card import PLOTS_FOLDER, is_hub_id, load_card, model_card
 from .errors import HubError
 from .facts import read_facts
 from .folders import is_inside
@@ -128,7 +128,6 @@ def push_to_hub(
                 plots=plots,
                 notes=notes,
             )
-            check_card(card)
             card.save(folder / "README.md")
             return api.create_commit(
                 repo_id,

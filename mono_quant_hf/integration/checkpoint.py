@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mono_quant_hf.modules import QuantizedModule
+from mono_quant_hf.texts import shown
 
 from .selection import Decision
 
@@ -62,6 +63,11 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  not a dict
+                    if not name.isprintable():
+                        raise ValueError(
+                            f"{file} holds a tensor named {shown(name)}, with characters that no name has; download or "
+                            "save it again."
+                        )
                     if name in stored:
                         raise ValueError(
                             f"{name} is both in {stored[name].file} and in {file}; save the model again."

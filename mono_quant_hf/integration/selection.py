@@ -17,7 +17,7 @@ from mono_quant_hf.config import OVERRIDE_FIELDS, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import STORAGE_DTYPES
 
-from .patterns import Aliases, PatternTracker, matches_as_in_transformers, matches_glob_or_regex
+from .patterns import Aliases, PatternTracker, Stopwatch, as_in_transformers, glob_or_expression
 from .tying import input_embeddings_and_heads, tied_modules
 from .weight_readers import modules_whose_weight_is_read
 
@@ -72,11 +72,12 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
     """
     candidates = {name: module for name, module in model.named_modules() if _holds_weight(module)}
     aliases = aliases_of(model)
+    stopwatch = Stopwatch()
     skips = PatternTracker(
-        "modules_to_not_convert", config.modules_to_not_convert or [], matches_as_in_transformers, aliases
+        "modules_to_not_convert", config.modules_to_not_convert or [], as_in_transformers, aliases, stopwatch
     )
     overrides = PatternTracker(
-        "module_overrides", list(config.module_overrides or {}), matches_glob_or_regex, aliases
+        "module_overrides", list(config.module_overrides or {}), glob_or_expression, aliases, stopwatch
     )
     embeddings_and_heads = input_embeddings_and_heads(model)
     chosen = embeddings_and_heads if config.quantize_embeddings else set()
