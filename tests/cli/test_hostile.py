@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+from typing import Any
 
 import pytest
 import torch
