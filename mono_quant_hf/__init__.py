@@ -4,6 +4,7 @@ Importing the package registers `quant_method="mono_quant"` with transformers, s
 a float checkpoint and load a quantized one.
 """
 
+import logging
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ check_versions()  # before what would fail on another version
 
 from .config import MonoQuantConfig  # noqa: E402
 from .integration import MonoQuantHfQuantizer, load_quantized, quantize_model, save_quantized  # noqa: E402
+from .texts import log_in_one_line  # noqa: E402
+
+logging.getLogger(__name__).addFilter(log_in_one_line)
 
 if TYPE_CHECKING:
     from .hub import push_to_hub

@@ -3,12 +3,15 @@
 import base64
 import copy
 import difflib
-import reprlib
+import re
 from collections.abc import Callable, Collection
+from math import prod
 from typing import Any
 
 import regex
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .texts import shown
 
 QUANT_METHOD = "mono_quant"
 FORMAT_VERSION = 1
@@ -20,7 +23,10 @@ XXH3 = "xxh3:"
 WEIGHT_TYPES = ("int8", "float16")
 ACTIVATION_TYPES = ("int8",)
 OVERRIDE_WEIGHT_TYPES = (*WEIGHT_TYPES, "float")
-MOST_PATTERNS, MOST_CHARACTERS = 10_000, 200_000
+MOST_PATTERNS, MOST_CHARACTERS = 10_000, 1_000_000
+MOST_CHARACTERS_OF_EXPRESSIONS, MOST_REPETITIONS = 20_000, 10_000
+LITERAL = re.compile(r"[\w.-]+")
+"""A pattern that is a plain name, which is matched without being compiled."""
 
 
 class MonoQuantConfig(QuantizationConfigMixin):
@@ -74,6 +80,7 @@ class MonoQuantConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         weights: str = "int8",
         symmetric: bool = False,
         activations: str | None = None,
@@ -87,7 +94,7 @@ class MonoQuantConfig(QuantizationConfigMixin):
         # config.json carries the method beside the fields; anything else here is a mistake.
         quant_method = unknown.pop("quant_method", QUANT_METHOD)
         if quant_method != QUANT_METHOD:
-            raise ValueError(f"MonoQuantConfig: quant_method is {QUANT_METHOD!r}, not {quant_method!r}.")
+            raise ValueError(f"MonoQuantConfig: quant_method is {QUANT_METHOD!r}, not {shown(quant_method)}.")
         if unknown:
             raise TypeError(_describe_unknown(sorted(unknown)[0], format_version))
         self.weights = weights
@@ -95,7 +102,8 @@ class MonoQuantConfig(QuantizationConfigMixin):
         self.activations = activations
         if activations is not None and weights != "int8":
             raise ValueError(
-                f"MonoQuantConfig: activations={activations!r} needs weights='int8', not {weights!r}; leave one out."
+                f"MonoQuantConfig: activations={shown(activations)} needs weights='int8', not {shown(weights)}; "
+                "leave one out."
             )
         self.modules_to_not_convert = modules_to_not_convert
         self.module_overrides = module_overrides
@@ -132,18 +140,20 @@ def _describe_unknown(name: str, format_version: Any) -> str:
     newer = isinstance(format_version, int) and format_version > FORMAT_VERSION
     remedy = "upgrade mono_quant_hf, the config is of a newer version" if newer else f"{hint}the fields are"
     fields = "" if newer else " " + ", ".join(FIELDS)
-    return f"MonoQuantConfig has no field {name!r}; {remedy}{fields}."
+    return f"MonoQuantConfig has no field {shown(name)}; {remedy}{fields}."
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str):
             raise TypeError(
-                f"MonoQuantConfig: {name} must be a string, not {type(value).__name__} ({value!r})."
+                f"MonoQuantConfig: {name} must be a string, not {type(value).__name__} ({shown(value)})."
             )
         if value not in allowed:
             choices = ", ".join(map(repr, allowed))
-            raise ValueError(f"MonoQuantConfig: {name}={value!r} is not supported; choose one of {choices}.")
+            raise ValueError(
+                f"MonoQuantConfig: {name}={shown(value)} is not supported; choose one of {choices}."
+            )
         return value
 
     return check
@@ -156,7 +166,7 @@ def _one_of_or_none(*allowed: str) -> Callable[[str, Any], str | None]:
 
 def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"MonoQuantConfig: {name} must be True or False, not {value!r}.")
+        raise TypeError(f"MonoQuantConfig: {name} must be True or False, not {shown(value)}.")
     return value
 
 
@@ -164,11 +174,13 @@ def _module_names(name: str, value: Any) -> list[str] | None:
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
-        raise TypeError(f"MonoQuantConfig: {name} must be a list of module names or None, not {value!r}.")
+        raise TypeError(
+            f"MonoQuantConfig: {name} must be a list of module names or None, not {shown(value)}."
+        )
     for item in value:
         if not isinstance(item, str) or not item:
             raise TypeError(
-                f"MonoQuantConfig: {name} holds {item!r}; every entry must be a non-empty module name."
+                f"MonoQuantConfig: {name} holds {shown(item)}; every entry must be a non-empty module name."
             )
     _not_too_many(name, value)
     for item in value:
@@ -181,12 +193,12 @@ def _overrides(name: str, value: Any) -> dict[str, dict[str, Any]] | None:
         return None
     if not isinstance(value, dict):
         raise TypeError(
-            f"MonoQuantConfig: {name} must be a dict of pattern to settings or None, not {value!r}."
+            f"MonoQuantConfig: {name} must be a dict of pattern to settings or None, not {shown(value)}."
         )
     for pattern in value:
         if not isinstance(pattern, str) or not pattern:
             raise TypeError(
-                f"MonoQuantConfig: {name} has the key {pattern!r}; a key is a module name pattern."
+                f"MonoQuantConfig: {name} has the key {shown(pattern)}; a key is a module name pattern."
             )
     _not_too_many(name, value)
     for pattern, override in value.items():
@@ -194,40 +206,55 @@ def _overrides(name: str, value: Any) -> dict[str, dict[str, Any]] | None:
             _compiles(name, pattern, pattern.removeprefix("re:"))
         if not isinstance(override, dict):
             raise TypeError(
-                f"MonoQuantConfig: {name}[{pattern!r}] must be a dict of settings, not {override!r}."
+                f"MonoQuantConfig: {name}[{shown(pattern)}] must be a dict of settings, not {shown(override)}."
             )
         for setting, chosen in override.items():
             if setting not in OVERRIDE_FIELDS:
                 allowed = ", ".join(OVERRIDE_FIELDS)
                 raise ValueError(
-                    f"MonoQuantConfig: {name}[{pattern!r}] sets {setting!r}; it may set {allowed}."
+                    f"MonoQuantConfig: {name}[{shown(pattern)}] sets {shown(setting)}; it may set {allowed}."
                 )
-            OVERRIDE_FIELDS[setting](f"{name}[{pattern!r}][{setting!r}]", chosen)
+            OVERRIDE_FIELDS[setting](f"{name}[{shown(pattern)}][{shown(setting)}]", chosen)
         if override.get("activations") is not None and override.get("weights", "int8") != "int8":
             raise ValueError(
-                f"MonoQuantConfig: {name}[{pattern!r}] sets activations, which need weights='int8', not "
-                f"{override['weights']!r}; leave one out."
+                f"MonoQuantConfig: {name}[{shown(pattern)}] sets activations, which need weights='int8', not "
+                f"{shown(override['weights'])}; leave one out."
             )
     return copy.deepcopy(value)
 
 
 def _not_too_many(name: str, patterns: Collection[str]) -> None:
-    """A config may be a stranger's, and a pattern of megabytes takes minutes and gigabytes to compile."""
+    """A config may be a stranger's, and expressions of megabytes take minutes and gigabytes to compile."""
     characters = sum(map(len, patterns))
     if len(patterns) > MOST_PATTERNS or characters > MOST_CHARACTERS:
         raise ValueError(
             f"MonoQuantConfig: {name} holds {len(patterns):,} patterns of {characters:,} characters; at most "
             f"{MOST_PATTERNS:,} of {MOST_CHARACTERS:,} are allowed, use fewer that match more."
         )
-
-
-def _compiles(name: str, entry: str, pattern: str) -> None:
-    try:
-        regex.compile(pattern)
-    except (regex.error, OverflowError, RecursionError) as problem:
+    characters = sum(len(pattern) for pattern in patterns if not LITERAL.fullmatch(pattern))
+    if characters > MOST_CHARACTERS_OF_EXPRESSIONS:
         raise ValueError(
-            f"MonoQuantConfig: {name} holds {reprlib.repr(entry)}, no valid regular expression: {problem}."
-        ) from None
+            f"MonoQuantConfig: {name} holds expressions and globs of {characters:,} characters; at most "
+            f"{MOST_CHARACTERS_OF_EXPRESSIONS:,} are allowed, use simpler ones."
+        )
+
+
+def _compiles(name: str, pattern: str, expression: str) -> None:
+    if LITERAL.fullmatch(expression):
+        return
+    counts = re.findall(r"\{([0-9]*),?([0-9]*)\}", expression)
+    if prod(max(map(int, filter(None, pair)), default=1) or 1 for pair in counts) > MOST_REPETITIONS:
+        # Counts within each other are written out when they are compiled.
+        problem = f"its counts ask for more than {MOST_REPETITIONS:,} repetitions"
+    elif re.search(r"\(\?[A-Za-z0-9]*x", expression):
+        problem = "(?x) is not allowed"  # which hides a count
+    else:
+        try:
+            regex.compile(expression)
+            return
+        except (regex.error, OverflowError, RecursionError) as error:
+            problem = f"no valid regular expression: {error}"
+    raise ValueError(f"MonoQuantConfig: {name} holds {shown(pattern)}, {problem}.")
 
 
 def _checksums(name: str, value: Any) -> str | None:
@@ -245,7 +272,7 @@ def _checksums(name: str, value: Any) -> str | None:
 
 def _version(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"MonoQuantConfig: {name} must be an integer, not {value!r}.")
+        raise TypeError(f"MonoQuantConfig: {name} must be an integer, not {shown(value)}.")
     if not 1 <= value <= FORMAT_VERSION:
         raise ValueError(
             f"MonoQuantConfig: {name}={value} is not one that this mono_quant_hf reads (1 to {FORMAT_VERSION}); "

@@ -1,7 +1,10 @@
-"""From whatever holds text to sequences of token ids."""
+"""Texts: from whatever holds them to sequences of token ids, and what of them is safe to print."""
 
 from __future__ import annotations
 
+import logging
+import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -140,3 +143,37 @@ def special_frame(tokenizer: Any) -> tuple[Tensor, Tensor]:
     before = special.index(0) if 0 in special else len(special)
     after = list(reversed(special)).index(0) if 0 in special else 0
     return ids[:before], ids[len(ids) - after :]
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
+
+
+def shown(value: Any) -> str:
+    """A value that may be a stranger's as Python writes it, as far as it fits a line."""
+    return _repr.repr(value)
+
+
+def one_line(text: str) -> str:
+    """The text with an escape for every character that cannot be seen: ends of lines, controls, directions of writing.
+
+    Names of tensors, files and modules are a stranger's, and a terminal or a log does what such characters say.
+
+    Example:
+        >>> one_line("weight\\n\\x1b[31m"), one_line("größe\\u202e")
+        ('weight\\\\n\\\\x1b[31m', 'größe\\\\u202e')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def printable(text: str) -> str:
+    """The text with an escape for every character that cannot be seen, but with its lines and tabs."""
+    return "".join(part if part in "\n\t" else one_line(part) for part in re.split(r"([\n\t])", text))
+
+
+def log_in_one_line(record: logging.LogRecord) -> bool:
+    """A filter of a logger: what it says is `one_line`."""
+    record.msg, record.args = one_line(record.getMessage()), ()
+    return True

@@ -61,7 +61,20 @@ def test_from_dict_takes_known_keywords_and_hands_back_the_rest():
         ({"modules_to_not_convert": [3]}, TypeError, "modules_to_not_convert holds 3"),
         ({"modules_to_not_convert": ["("]}, ValueError, "'\\('.*regular expression"),
         ({"modules_to_not_convert": ["(" * 9999 + ")" * 9999]}, ValueError, "regular expression.*recursion"),
-        ({"module_overrides": {"re:a{99999999999}": {}}}, ValueError, "no valid regular expression"),
+        ({"module_overrides": {"re:a{99999999999}": {}}}, ValueError, "its counts ask for more than 10,000"),
+        (
+            {"modules_to_not_convert": ["(?:a{,1000}){1000}"]},
+            ValueError,
+            "its counts ask for more than 10,000",
+        ),
+        ({"modules_to_not_convert": ["(?x)(?:a{10 00}){1000}"]}, ValueError, r"\(\?x\) is not allowed"),
+        (
+            {"modules_to_not_convert": ["a|" * 20_000]},
+            ValueError,
+            "expressions and globs of 40,000 characters",
+        ),
+        ({"weights": "int\x1b[31m" * 99}, ValueError, r"weights='int\\x1b.*\.\.\..*is not supported"),
+        ({"self": 1}, TypeError, "no field 'self'"),
         (
             {"modules_to_not_convert": ["a" * 2_000_000]},
             ValueError,

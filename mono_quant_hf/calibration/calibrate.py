@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mono_quant_hf.core import quantize_to_codes
 from mono_quant_hf.core.rounding import damped, factorized, round_balanced, round_compensated
+from mono_quant_hf.files import check_room
 from mono_quant_hf.modules import QuantizedModule
 from mono_quant_hf.modules.base import stored_names
 
 from .layouts import Layout, Moments, layout_of
+from .resume import Expected, ResumeFolder, fingerprint_of
 from .stages import Blocks, Inputs, Stage, block_pass, inputs_of
 
 
@@ -95,7 +94,13 @@ class _Layer:
         self.rounded_weight = self.float_weight
 
     def tensors(self) -> dict[str, Tensor]:
-        return {key: self.target.get_parameter(key).data for key in self.target.storage_names()}
+        """Codes, scale and zero-point, by full name."""
+        target = self.target
+        return {f"{self.name}.{key}": target.get_parameter(key).data for key in target.storage_names()}
+
+    def stored(self) -> Expected:
+        """The dtype and shape of each of `tensors`."""
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors().items()}
 
 
 def rounds_with_moments(target: QuantizedModule) -> bool:
@@ -185,7 +190,8 @@ def calibrate(
         the names of modules that no batch came by; they got `round_balanced` codes.
 
     Raises:
-        ValueError: there are no batches, the inputs overflow, or the folder is of another run.
+        ValueError: there are no batches, the inputs overflow, or what is in the folder is damaged or of another run.
+        OSError: the disk of the folder has too little room.
 
     Example:
         >>> import torch
@@ -226,7 +232,7 @@ class _Calibration:
             rounded: [{} for _ in batches] for rounded in (False, True)
         }
         self.fed: list[dict[str, list[Tensor]]] = []
-        self.folder = None if resume_folder is None else _Folder(Path(resume_folder), self._fingerprint())
+        self.folder = None if resume_folder is None else self._resumed(resume_folder)
 
     @torch.no_grad()
     def go(self, progress: bool) -> list[str]:
@@ -253,7 +259,8 @@ class _Calibration:
 
     def _stage(self, number: int, stage: Stage, last: bool, bar: Any) -> None:
         active = [self.layers[name] for group in stage.groups for name in group]
-        stored = self.folder.load(number) if self.folder else None
+        expected = {name: form for layer in active for name, form in layer.stored().items()}
+        stored = self.folder.load(_stage_file(number), expected) if self.folder else None
         self.active = active
         self.fed, float_outputs = [], None
         if stage.block is not None and self.compensation.drift and not (last and stored):
@@ -270,7 +277,9 @@ class _Calibration:
                     layer.load(stored)
             bar.update()
         if self.folder and stored is None:
-            self.folder.save(number, {f"{a.name}.{key}": t for a in active for key, t in a.tensors().items()})
+            self.folder.save(
+                _stage_file(number), {name: t for a in active for name, t in a.tensors().items()}
+            )
         if stage.block is None:
             self.outside += active
             return
@@ -350,43 +359,22 @@ class _Calibration:
         for layer in (*self.outside, *self.active):
             layer.use(rounded)
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps(asdict(self.compensation)).encode())
-        for name, layer in self.layers.items():
-            weight = layer.float_weight
-            digest.update(f"{name} {list(weight.shape)} {layer.target.quantization.symmetric}".encode())
-            digest.update(str(weight.flatten()[:16].tolist()).encode())
-        for batch in self.batches:
-            for key, value in batch.items():
-                content = value.cpu().flatten()[:4096].tolist() if isinstance(value, Tensor) else value
-                digest.update(f"{key} {getattr(value, 'shape', '')} {content}".encode())
-        return digest.hexdigest()
+    def _resumed(self, folder: str | os.PathLike[str]) -> ResumeFolder:
+        """The folder of this very calibration: the model, how it is rounded, and every sample."""
+        targets = {
+            name: (type(layer.target).__name__, layer.target.quantization.symmetric)
+            for name, layer in self.layers.items()
+        }
+        resumed = ResumeFolder(
+            folder, fingerprint_of(self.model, targets, asdict(self.compensation), self.batches)
+        )
+        check_room(folder, sum(_size(layer.stored()) for layer in self.layers.values()), "The calibration")
+        return resumed
 
 
-class _Folder:
-    """The codes of finished stages, one safetensors file each; a file is there whole or not at all."""
+def _stage_file(number: int) -> str:
+    return f"stage-{number:04d}.safetensors"
 
-    def __init__(self, folder: Path, fingerprint: str):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = folder / "calibration.json"
-        if manifest.is_file():
-            if json.loads(manifest.read_text(encoding="utf-8")).get("fingerprint") != fingerprint:
-                raise ValueError(
-                    f"{folder} holds the calibration of another model, samples or settings: choose another "
-                    "folder, or delete it."
-                )
-        else:
-            manifest.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
 
-    def load(self, number: int) -> dict[str, Tensor] | None:
-        path = self._path(number)
-        return load_file(path) if path.is_file() else None
-
-    def save(self, number: int, tensors: dict[str, Tensor]) -> None:
-        partial = self._path(number).with_suffix(".partial")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, self._path(number))
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"stage-{number:04d}.safetensors"
+def _size(expected: Expected) -> int:
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in expected.values())

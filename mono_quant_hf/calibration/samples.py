@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mono_quant_hf.texts import texts, token_sequences
 
+from .resume import TEXT, check_resume_folder, fingerprint_of, load_kept, save_kept
 from .stages import Inputs
 
 SELF = "self"
@@ -60,6 +63,7 @@ def calibration_batches(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     progress: bool = False,
+    resume_folder: str | os.PathLike[str] | None = None,
 ) -> list[Inputs]:
     """Batches of inputs for the model.
 
@@ -71,6 +75,7 @@ def calibration_batches(
         tokenizer: of the model; for texts.
         sampling: how many and how long; `Sampling()` if None.
         progress: show a progress bar while the model writes.
+        resume_folder: what the model writes is kept here, and read again for the same model and sampling.
 
     Raises:
         TypeError, ValueError: nothing in it, no tokenizer, too little text, or a model that cannot write.
@@ -89,17 +94,46 @@ def calibration_batches(
                 f"calibration={source[:40]!r} is not known: give 'self', 'data-free', a list of texts, a Dataset or "
                 "batches of inputs."
             )
-        return _rows(list(write_text(model, sampling, progress=progress)), sampling, model)
+        return _rows(list(_own_text(model, sampling, progress, resume_folder)), sampling, model)
     if isinstance(source, (Tensor, Mapping)) and not hasattr(source, "column_names"):
         source = [source]
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        if len(source) == 0:
-            raise ValueError("calibration is empty: give at least one text or batch.")
-        if _is_batch(source[0]):
-            return [_as_inputs(batch) for batch in source]
+    if isinstance(source, Sequence) and len(source) == 0:
+        raise ValueError("calibration is empty: give at least one text or batch.")
+    if not reads_text(source):
+        return [_as_inputs(batch) for batch in source]
     if tokenizer is None:
         raise TypeError("texts to calibrate on need the model's tokenizer: give tokenizer=.")
     return _rows(_cut(model, source, tokenizer, sampling), sampling, model)
+
+
+def reads_text(source: Any) -> bool:
+    """Whether what to calibrate on is text, for which the model's tokenizer is needed.
+
+    Example:
+        >>> reads_text(["a text"]), reads_text("self"), reads_text([torch.zeros(3, 2)])
+        (True, False, False)
+    """
+    if isinstance(source, str) or (
+        isinstance(source, (Tensor, Mapping)) and not hasattr(source, "column_names")
+    ):
+        return False
+    return not (isinstance(source, Sequence) and len(source) > 0 and _is_batch(source[0]))
+
+
+def _own_text(
+    model: nn.Module, sampling: Sampling, progress: bool, folder: str | os.PathLike[str] | None
+) -> Tensor:
+    """`write_text`, whose rows are kept in a folder: to write them can take as long as to calibrate on them."""
+    if folder is None:
+        return write_text(model, sampling, progress=progress)
+    check_resume_folder(folder)
+    file, fingerprint = Path(folder) / TEXT, fingerprint_of(model, astuple(sampling))
+    expected = {"input_ids": (torch.long, (sampling.samples, _length(model, sampling)))}
+    kept = load_kept(file, fingerprint, expected)
+    if kept is None:
+        kept = {"input_ids": write_text(model, sampling, progress=progress)}
+        save_kept(file, fingerprint, kept)
+    return kept["input_ids"]
 
 
 def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> Tensor:

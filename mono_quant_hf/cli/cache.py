@@ -1,9 +1,10 @@
 """Folders that are made once and kept outside the repository."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from mono_quant_hf.files import scratch_folder
 
 VARIABLE = "MONO_QUANT_HF_CACHE"
 
@@ -30,8 +31,8 @@ def prepared(name: str, build: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as aside:
-        built = Path(aside) / name
+    with scratch_folder(folder.parent) as aside:
+        built = aside / name
         built.mkdir()
         build(built)
         try:

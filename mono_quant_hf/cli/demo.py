@@ -4,9 +4,9 @@ import argparse
 import gc
 import pydoc_data.topics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from transformers.utils import logging as transformers_logging
 from mono_quant_hf import MonoQuantConfig
 from mono_quant_hf.config import WEIGHT_TYPES
 from mono_quant_hf.evaluation import perplexity
+from mono_quant_hf.files import check_room, scratch_folder
+from mono_quant_hf.hub.folders import check_destination, written_beside
+from mono_quant_hf.hub.importing import bytes_when_quantized
 from mono_quant_hf.modules import QuantizedLinear
 
 from .errors import CommandError
-from .models import check_output_files
-from .output import add_json_argument, prints_text, show
+from .output import add_json_argument, check_output_files, prints_text, say, show
 from .smollm2 import NAME, smollm2_folder
 
 PROMPT = "What is the capital of France, and what is it known for?"
@@ -88,16 +90,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0, or 1 if the model changed by being saved and loaded again."""
     _check(arguments)
     started = time.perf_counter()
-    check_output_files(arguments.json)
+    check_output_files(arguments.json, destination=arguments.keep)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with tempfile.TemporaryDirectory(prefix="mono-quant-hf-demo-") as scratch:
-            same = _demonstrate(arguments, arguments.keep or Path(scratch) / "quantized")
+        with written_beside(arguments.keep) if arguments.keep else scratch_folder() as folder:
+            same = _demonstrate(arguments, folder)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    tell = print if prints_text(arguments) else _say
+    tell = say if prints_text(arguments) else partial(say, file=sys.stderr)
     if arguments.keep:
         tell(f"The quantized model is kept in {arguments.keep}.")
     tell(f"All of it took {time.perf_counter() - started:.0f} s.")
@@ -111,26 +113,26 @@ def _check(arguments: argparse.Namespace) -> None:
         raise CommandError("--prompt is empty; give a question, or leave it out for the usual one.")
     if arguments.symmetric and arguments.weights != "int8":
         raise CommandError(f"--symmetric is for int8; leave it out with --weights {arguments.weights}.")
-    keep = arguments.keep
-    if keep and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise CommandError(f"--keep {keep} is there already; name a new folder, or remove it first.")
+    if arguments.keep:
+        check_destination(arguments.keep)
 
 
 def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
-    _say(f"Finding {NAME} (prepared once, the first time takes longer) ...")
+    say(f"Finding {NAME} (prepared once, the first time takes longer) ...", sys.stderr)
     source, origin = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(source)
+    config = MonoQuantConfig(weights=arguments.weights, symmetric=arguments.symmetric)
+    check_room(folder, bytes_when_quantized(source, config, torch.float32), "The quantized model")
 
     # One model in memory at a time: each is measured and let go before the next is loaded.
-    _say("1/3 float32: loading and measuring ...")
+    say("1/3 float32: loading and measuring ...", sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     kind, layers = type(model).__name__, model.config.num_hidden_layers
     float_model = _measure(model, tokenizer, arguments)
     del model
     gc.collect()
 
-    _say(f"2/3 {arguments.weights}: quantizing on load, measuring and saving ...")
-    config = MonoQuantConfig(weights=arguments.weights, symmetric=arguments.symmetric)
+    say(f"2/3 {arguments.weights}: quantizing on load, measuring and saving ...", sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
     quantized = _measure(model, tokenizer, arguments)
     stored = _stored(model)
@@ -139,7 +141,7 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
     del model
     gc.collect()
 
-    _say("3/3 loading what was saved ...")
+    say("3/3 loading what was saved ...", sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answer, logits = _answer(model, tokenizer, arguments.prompt)
     same_text, same_logits = answer == quantized.answer, torch.equal(logits, quantized.logits)
@@ -262,7 +264,3 @@ def _change(old: float, new: float, digits: int = 1) -> str:
 
 def _yes(condition: bool) -> str:
     return "yes" if condition else "NO"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from httpx2 import HTTPError
 from safetensors import SafetensorError
 
 from mono_quant_hf.hub import HubError
+from mono_quant_hf.texts import one_line
 
 
 class CommandError(Exception):
@@ -15,7 +16,7 @@ class CommandError(Exception):
 
 def explained(problem: Exception) -> str | None:
     """One line on what went wrong, or None for an error that is not the user's to put right."""
-    said = " ".join(str(problem).split())
+    said = one_line(" ".join(str(problem).split()))
     if isinstance(problem, (CommandError, HubError, ValueError, TypeError)):
         return said
     if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):

@@ -3,12 +3,11 @@
 import argparse
 import gc
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor
 
 from mono_quant_hf import MonoQuantConfig
 from mono_quant_hf.config import WEIGHT_TYPES
@@ -20,11 +19,12 @@ from mono_quant_hf.evaluation import (
     record_reference,
     text_embeddings,
 )
+from mono_quant_hf.files import scratch_folder
 from mono_quant_hf.texts import texts
 
 from .errors import CommandError
-from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
-from .output import add_json_argument, show
+from .models import DTYPES, architecture_of, config_of, is_quantized, load_model, load_processor
+from .output import add_json_argument, check_output_files, show
 from .texts import add_text_arguments, load_text
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -88,8 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     weights = arguments.weights or "int8"
     if arguments.symmetric and weights != "int8":
         raise CommandError(f"--symmetric is for int8; leave it out with --weights {weights}.")
-    config = config_of(arguments.model)
-    if is_quantized(config):
+    if is_quantized(config_of(arguments.model)):
         raise CommandError(
             f"{arguments.model} is quantized; give the float model first, then the quantized one."
         )
@@ -103,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings = MonoQuantConfig(weights=weights, symmetric=arguments.symmetric)
         return load_model(arguments.model, settings, arguments.dtype)
 
-    architecture = (getattr(config, "architectures", None) or [""])[0]
+    architecture = architecture_of(arguments.model)
     try:
         if architecture.endswith(("ForCausalLM", "ForMaskedLM", "LMHeadModel")):
             figures = _language_model(arguments, quantized)
@@ -124,9 +123,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _language_model(arguments: argparse.Namespace, quantized: Callable[[], Any]) -> dict[str, Any]:
     name, text = load_text(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = load_processor(arguments.model)
     progress = sys.stderr.isatty()
-    with tempfile.TemporaryDirectory(prefix="mono-quant-hf-") as temporary:
+    with scratch_folder() as temporary:
         model = load_model(arguments.model, dtype=arguments.dtype)
         reference = record_reference(
             model,
@@ -160,7 +159,7 @@ def _classifier(arguments: argparse.Namespace, quantized: Callable[[], Any]) -> 
         name, batches = arguments.images.name, list(_pictures(arguments))
     else:
         name, lines = _lines(arguments)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = load_processor(arguments.model)
         batches = [
             dict(tokenizer(part, padding=True, truncation=True, return_tensors="pt"))
             for part in _parts(lines, arguments.batch_size)
@@ -181,7 +180,7 @@ def _classifier(arguments: argparse.Namespace, quantized: Callable[[], Any]) -> 
 
 def _encoder(arguments: argparse.Namespace, quantized: Callable[[], Any]) -> dict[str, Any]:
     name, lines = _lines(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = load_processor(arguments.model)
     model = load_model(arguments.model, dtype=arguments.dtype)
     if model.main_input_name != "input_ids":
         raise CommandError(
@@ -217,7 +216,7 @@ def _pictures(arguments: argparse.Namespace) -> Iterable[dict[str, Any]]:
     files = sorted(f for f in arguments.images.rglob("*") if f.suffix.lower() in IMAGES)[: arguments.samples]
     if not files:
         raise CommandError(f"--images {arguments.images} holds no pictures ({', '.join(IMAGES)}).")
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    processor = load_processor(arguments.model, AutoImageProcessor)
     for part in _parts(files, arguments.batch_size):
         pictures = []
         for file in part:

@@ -9,8 +9,7 @@ from mono_quant_hf.hub import export
 from mono_quant_hf.hub.export import FORMATS
 
 from .errors import CommandError
-from .models import check_output_files
-from .output import add_json_argument, show
+from .output import add_json_argument, check_output_files, show
 
 DESCRIPTION = """\
 Write a model quantized by mono_quant_hf so that other engines load it:
@@ -46,14 +45,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         choices=["int8"],
         help="compressed-tensors: int8 activations, quantized while it runs",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    command.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
     add_json_argument(command)
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export; the exit code is 0, or a CommandError says why not."""
-    check_output_files(arguments.json)
+    check_output_files(arguments.json, destination=arguments.destination)
     if arguments.activations and arguments.format != "compressed-tensors":
         raise CommandError("--activations is for --format compressed-tensors; leave it out.")
     options = {"activations": arguments.activations} if arguments.activations else {}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.config import WEIGHT_TYPES
@@ -16,8 +15,8 @@ from mono_quant_hf.evaluation.passages import max_positions
 from mono_quant_hf.texts import token_sequences
 
 from .errors import CommandError
-from .models import DTYPES, check_output_files, check_png, config_of, is_quantized, load_model
-from .output import add_json_argument, show
+from .models import DTYPES, config_of, is_quantized, load_model, load_processor
+from .output import add_json_argument, check_output_files, check_png, show
 from .texts import add_text_arguments, load_text
 
 DESCRIPTION = """\
@@ -120,7 +119,7 @@ def text_batches(arguments: argparse.Namespace, model: Any) -> list[dict[str, to
             f"{type(model).__name__} does not read text; use quantization_report() from Python with its inputs."
         )
     source = arguments.float_model if getattr(arguments, "float_model", None) else arguments.model
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_processor(source)
     _, text = load_text(arguments)
     (tokens,) = token_sequences(tokenizer, text, column=arguments.column, max_tokens=arguments.max_tokens)
     length = min(512, max_positions(model) or 512)

@@ -3,19 +3,26 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import tempfile
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from mono_quant_hf import __version__
+from mono_quant_hf.files import remove_leftovers
 
 from . import demo, evaluate, export, inspect, push, quantize, search, verify
 from .errors import explained
-from .output import progress_on_terminals_only
+from .output import progress_on_terminals_only, say
 
 PROGRAM = "mono-quant-hf"
 TRACEBACK = "MONO_QUANT_HF_TRACEBACK"
 """An environment variable: with any value, errors of the user's are shown with their traceback too."""
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 EPILOG = f"""\
 examples:
   {PROGRAM} demo
@@ -23,7 +30,7 @@ examples:
   {PROGRAM} COMMAND --help
 
 exit codes: 0 done, 1 what was checked does not hold, 2 a mistake in the call or its files, 3 a mistake of the
-program's, 130 interrupted; {TRACEBACK}=1 shows the traceback of an error.
+program's, 130 interrupted (Ctrl-C), 143 terminated; {TRACEBACK}=1 shows the traceback of an error.
 """
 
 
@@ -48,6 +55,41 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class Interruption(KeyboardInterrupt):
+    """A signal that ends the command, once all that was begun has been cleared away."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Have signals that end a process raise an `Interruption`, so that temporary folders are removed.
+
+    More of them while that is under way change nothing. One that the process was started to ignore (nohup) stays so.
+    """
+
+    def interrupt(number: int, _: Any) -> None:
+        under_way = sys.exception()
+        while under_way is not None:
+            if isinstance(under_way, Interruption):
+                return
+            under_way = under_way.__context__
+        raise Interruption(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -56,11 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit code: 0; 1 where what was checked does not hold; 2 for a mistake of the user's; 3 for one of the
-        program's, with a traceback; 130 when interrupted; 141 when what reads the output has gone.
+        program's, with a traceback; 128 and the number of the signal that ended it, so 130 for Ctrl-C; 141 when what
+        reads the output has gone.
     """
     try:
         arguments = parser().parse_args(argv)
-        with progress_on_terminals_only():
+        with signals_raise(), progress_on_terminals_only():
+            with contextlib.suppress(OSError):  # there may be no such folder, nor need of one
+                remove_leftovers(Path(tempfile.gettempdir()))
             code: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -68,14 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        ended_by = interruption.number if isinstance(interruption, Interruption) else signal.SIGINT
+        print(f"{PROGRAM}: {'interrupted' if ended_by == signal.SIGINT else 'terminated'}", file=sys.stderr)
+        return 128 + ended_by
     except Exception as problem:
         if (said := explained(problem)) is not None and not os.environ.get(TRACEBACK):
-            print(f"{PROGRAM}: error: {said}", file=sys.stderr)
+            say(f"{PROGRAM}: error: {said}", sys.stderr)
             return 2
-        traceback.print_exc()
+        say(traceback.format_exc(), sys.stderr)
         print(f"{PROGRAM}: this is a mistake of the program's; please report it.", file=sys.stderr)
         return 3
     return code

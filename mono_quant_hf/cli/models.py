@@ -1,36 +1,41 @@
 """Loading whatever model a command is given, with the class that its config names."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel
+from transformers import AutoTokenizer
 
 from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.hub import opening
+from mono_quant_hf.hub.sources import local_folder
 
 from .errors import CommandError
-from .output import STDOUT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model, downloaded if it is on the Hub.
+
+    Raises:
+        CommandError, HubError: there is none.
+    """
+    path = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not path.is_dir():
+        raise CommandError(f"there is no folder {name}; give a model's folder or its name on the Hub.")
+    if path.is_file():
+        raise CommandError(f"{name} is a file; give the folder of a saved model, or its name on the Hub.")
+    return local_folder(path)
 
 
 def config_of(name: str) -> Any:
     """The config of a model folder or a model on the Hub.
 
     Raises:
-        CommandError: there is none.
+        CommandError, HubError, ValueError: there is none, or it is damaged.
     """
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise CommandError(f"there is no folder {name}; give a model's folder or its name on the Hub.")
-    if Path(name).is_file():
-        raise CommandError(f"{name} is a file; give the folder of a saved model, or its name on the Hub.")
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as problem:
-        raise CommandError(f"{name} is no model that can be loaded: {_first_line(problem)}") from problem
+    return opening.config_of(folder_of(name))
 
 
 def is_quantized(config: Any) -> bool:
@@ -42,40 +47,31 @@ def load_model(name: str, quantization: MonoQuantConfig | None = None, dtype: st
     """The model in evaluation mode, of the class it was saved as.
 
     Raises:
-        CommandError: it cannot be loaded, or is quantized and `quantization` is given.
+        CommandError, HubError, ValueError: it cannot be loaded, or is quantized and `quantization` is given.
     """
-    config = config_of(name)
-    if quantization is not None and is_quantized(config):
+    if quantization is not None and is_quantized(config_of(name)):
         raise CommandError(f"{name} is quantized already; give the float model it was made from.")
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    cls = getattr(transformers, architecture, AutoModel)
-    try:
-        model = cls.from_pretrained(name, dtype=DTYPES.get(dtype, "auto"), quantization_config=quantization)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as problem:
-        if isinstance(problem, torch.OutOfMemoryError):
-            raise
-        raise CommandError(f"{name} cannot be loaded: {_first_line(problem)}") from problem
+    model = opening.model_of(
+        folder_of(name), dtype=DTYPES.get(dtype, "auto"), quantization_config=quantization
+    )
+    model.config.name_or_path = name
     return model.eval()
 
 
-def check_output_files(*files: Path | None) -> None:
-    """Refuse, before the work and not after it, a file that cannot be written; None and `-` are fine."""
-    for file in files:
-        if file is None or file == STDOUT:
-            continue
-        if file.is_dir() and any(file.iterdir()):
-            raise CommandError(
-                f"{file} is a folder with files in it; name a new one after the option, or a file."
-            )
-        if not file.expanduser().resolve().parent.is_dir():
-            raise CommandError(f"the folder of {file} does not exist; make it first, or name another file.")
+def load_processor(name: str, auto_class: Any = AutoTokenizer) -> Any:
+    """The tokenizer of a model, or what else prepares its inputs.
+
+    Raises:
+        CommandError, HubError, ValueError: there is none, or it is damaged.
+    """
+    return opening.processor_of(folder_of(name), auto_class)
 
 
-def check_png(file: Path | None) -> None:
-    """Refuse, before the work and not after it, a picture where nothing can draw it."""
-    if file is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--png needs matplotlib: pip install 'mono-quant-hf[plots]'.")
+def architecture_of(name: str) -> str:
+    """The name of the class that a model was saved as.
 
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().partition("\n")[0]
+    Raises:
+        CommandError, HubError, ValueError: the config does not say, or is damaged.
+    """
+    folder = folder_of(name)
+    return opening.model_class_of(folder, opening.config_of(folder)).__name__

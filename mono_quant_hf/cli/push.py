@@ -6,8 +6,7 @@ from pathlib import Path
 
 from mono_quant_hf.hub import push_to_hub
 
-from .models import check_output_files
-from .output import add_json_argument, show
+from .output import add_json_argument, check_output_files, show
 
 DESCRIPTION = """\
 Push a folder with a model quantized by mono_quant_hf to the Hugging Face Hub in one commit: weights, config,

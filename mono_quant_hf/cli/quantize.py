@@ -1,21 +1,21 @@
 """`mono-quant-hf quantize`: a float model in, a quantized model out."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
-
-from mono_quant_hf import MonoQuantConfig, quantize_model
+from mono_quant_hf import MonoQuantConfig
 from mono_quant_hf.calibration import Compensation, Sampling
+from mono_quant_hf.calibration.resume import check_resume_folder
 from mono_quant_hf.config import ACTIVATION_TYPES, WEIGHT_TYPES
 from mono_quant_hf.hub import quantize_checkpoint
-from mono_quant_hf.hub.folders import check_destination, written_beside
+from mono_quant_hf.hub.folders import check_destination
 
 from .errors import CommandError
-from .models import DTYPES, check_output_files, config_of, is_quantized, load_model
-from .output import add_json_argument, show
+from .models import DTYPES, config_of
+from .output import add_json_argument, check_output_files, show
 from .texts import add_text_arguments, load_text
 
 CALIBRATIONS = ("text", "self", "data-free")
@@ -49,7 +49,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     command.add_argument("model", help="a folder, a name on the Hub, or a GGUF file")
     command.add_argument("output", type=Path, help="folder for the quantized model; new, or empty")
-    command.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
+    command.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
     command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="storage of weights (int8)")
     command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
     command.add_argument(
@@ -84,14 +84,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def run(arguments: argparse.Namespace) -> int:
     """Quantize and save."""
     output = arguments.output
-    check_output_files(arguments.json)
-    check_destination(output, arguments.overwrite)
-    if (
-        not arguments.model.endswith(".gguf")
-        and is_quantized(config_of(arguments.model))
-        and arguments.calibration
-    ):
-        raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
+    check_output_files(arguments.json, destination=output)
+    check_destination(output, arguments.overwrite, arguments.model)
+    if not arguments.model.endswith(".gguf"):
+        config_of(arguments.model)
     if arguments.weights != "int8" and (
         arguments.symmetric or arguments.activations or arguments.calibration
     ):
@@ -107,12 +103,14 @@ def run(arguments: argparse.Namespace) -> int:
         activations=arguments.activations,
         modules_to_not_convert=arguments.skip,
     )
-    how = "calibrated"
-    if arguments.calibration:
-        _save(_calibrated(arguments, config), arguments)
-    else:
-        dtype = DTYPES.get(arguments.dtype, "auto")
-        how = quantize_checkpoint(arguments.model, output, config, dtype=dtype, overwrite=arguments.overwrite)
+    how = quantize_checkpoint(
+        arguments.model,
+        output,
+        config,
+        dtype=DTYPES.get(arguments.dtype, "auto"),
+        overwrite=arguments.overwrite,
+        **_calibration(arguments),
+    )
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     result = {"source": arguments.model, "destination": str(output), "bytes": size, "how": how}
     show(
@@ -123,36 +121,33 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _save(model: Any, arguments: argparse.Namespace) -> None:
-    """The model and what prepares its inputs, whole or not at all."""
-    with written_beside(arguments.output, arguments.overwrite) as folder:
-        model.save_pretrained(folder)
-        for processor in (AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor):
-            try:
-                found = processor.from_pretrained(arguments.model)
-            except (OSError, ValueError, KeyError):  # a model has the one or the other
-                continue
-            found.save_pretrained(folder)
-
-
-def _calibrated(arguments: argparse.Namespace, config: MonoQuantConfig) -> Any:
-    model = load_model(arguments.model, dtype=arguments.dtype)
+def _calibration(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `quantize_checkpoint` is given for calibration, nothing without."""
+    if arguments.resume is not None:
+        _check_resume(arguments)
+    if arguments.calibration is None:
+        return {}
     calibration: Any = arguments.calibration
-    tokenizer = None
     if calibration == "text":
         _, text = load_text(arguments)
         calibration = [text] if isinstance(text, str) else text
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    sampling = Sampling(
-        samples=arguments.samples, length=arguments.length, column=arguments.column, seed=arguments.seed
-    )
-    return quantize_model(
-        model,
-        config,
-        calibration=calibration,
-        tokenizer=tokenizer,
-        sampling=sampling,
-        compensation=Compensation(damping=arguments.damping),
-        resume_folder=arguments.resume,
-        progress=sys.stderr.isatty(),
-    )
+    return {
+        "calibration": calibration,
+        "sampling": Sampling(
+            samples=arguments.samples, length=arguments.length, column=arguments.column, seed=arguments.seed
+        ),
+        "compensation": Compensation(damping=arguments.damping),
+        "resume_folder": arguments.resume,
+        "progress": sys.stderr.isatty(),
+    }
+
+
+def _check_resume(arguments: argparse.Namespace) -> None:
+    if arguments.calibration not in ("text", "self"):
+        raise CommandError("--resume is for --calibration text or self; add that, or leave it out.")
+    kept, output = Path(os.path.realpath(arguments.resume)), Path(os.path.realpath(arguments.output))
+    if kept == output or kept in output.parents or output in kept.parents:
+        raise CommandError(
+            f"--resume {arguments.resume} and {arguments.output} hold one another; keep them apart."
+        )
+    check_resume_folder(arguments.resume)

@@ -4,19 +4,21 @@ import argparse
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.evaluation import search_overrides
-from mono_quant_hf.hub.folders import written_beside
+from mono_quant_hf.files import check_room
+from mono_quant_hf.hub.folders import check_destination, written_beside
+from mono_quant_hf.hub.importing import add_companions, bytes_when_quantized
+from mono_quant_hf.hub.sources import local_folder
 
 from .errors import CommandError
 from .inspect import text_batches
-from .models import DTYPES, check_output_files, check_png, config_of, is_quantized, load_model
-from .output import add_json_argument, show
+from .models import DTYPES, config_of, is_quantized, load_model
+from .output import add_json_argument, check_output_files, check_png, say, show
 from .texts import add_text_arguments
 
 DESCRIPTION = """\
@@ -62,23 +64,37 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(arguments: argparse.Namespace) -> int:
     """Search and show; 1 where the budget cannot be met."""
-    check_output_files(arguments.json, arguments.png, arguments.save)
+    check_output_files(arguments.json, arguments.png, destination=arguments.save)
+    if arguments.save:
+        check_destination(arguments.save, source=arguments.model)
     check_png(arguments.png)
     if is_quantized(config_of(arguments.model)):
         raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
-    model = load_model(arguments.model, dtype=arguments.dtype)
-    batches = text_batches(arguments, model)
-    try:
-        result = search_overrides(
-            model,
-            batches,
-            max_bytes=arguments.max_size,
-            max_kl=arguments.max_kl,
-            config=MonoQuantConfig(symmetric=arguments.symmetric),
-            progress=sys.stderr.isatty(),
-        )
-    except (ValueError, TypeError) as problem:
-        raise CommandError(str(problem)) from problem
+    config = MonoQuantConfig(symmetric=arguments.symmetric)
+    with written_beside(arguments.save) if arguments.save else nullcontext() as new:
+        if new is not None:
+            source = local_folder(arguments.model)
+            check_room(new, bytes_when_quantized(source, config, DTYPES.get(arguments.dtype)), "The model")
+        model = load_model(arguments.model, dtype=arguments.dtype)
+        batches = text_batches(arguments, model)
+        try:
+            result = search_overrides(
+                model,
+                batches,
+                max_bytes=arguments.max_size,
+                max_kl=arguments.max_kl,
+                config=config,
+                progress=sys.stderr.isatty(),
+            )
+        except (ValueError, TypeError) as problem:
+            raise CommandError(str(problem)) from problem
+        if new is not None:
+            chosen = MonoQuantConfig(
+                symmetric=arguments.symmetric, module_overrides=result.module_overrides or None
+            )
+            quantized: Any = quantize_model(model, chosen)
+            quantized.save_pretrained(new)
+            add_companions(arguments.model, source, new, arguments.save)
     overrides = "".join(
         f'    "{name}": {json.dumps(kind)},\n' for name, kind in result.module_overrides.items()
     )
@@ -91,14 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png:
         result.to_png(arguments.png)
     if arguments.save:
-        config = MonoQuantConfig(
-            symmetric=arguments.symmetric, module_overrides=result.module_overrides or None
-        )
-        quantized: Any = quantize_model(model, config)
-        with written_beside(arguments.save) as folder:
-            quantized.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(arguments.model).save_pretrained(folder)
-        print(f"Saved to {arguments.save}.", file=sys.stderr)
+        say(f"Saved to {arguments.save}.", sys.stderr)
     if not result.met:
         print("The budget cannot be met; the nearest model is shown.", file=sys.stderr)
         return 1

@@ -6,8 +6,7 @@ from typing import Any
 
 from mono_quant_hf.hub import Verification, verify_checkpoint
 
-from .models import check_output_files
-from .output import add_json_argument, show
+from .output import add_json_argument, check_output_files, show
 
 FLAWS = 10
 """What is listed of a damage that is everywhere, if --top does not say more."""

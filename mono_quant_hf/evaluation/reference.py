@@ -3,10 +3,8 @@ later."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mono_quant_hf.calibration.resume import fingerprint_of
 from mono_quant_hf.evaluation.likelihood import PerplexityResult, summarize
-from mono_quant_hf.evaluation.passages import Passage, Plan, plan
+from mono_quant_hf.evaluation.passages import Passage, plan
 from mono_quant_hf.evaluation.results import jsonable
 from mono_quant_hf.evaluation.scoring import evaluating, negative_log_likelihood, score
+from mono_quant_hf.files import check_room, file_written_aside
 
 _MANIFEST = "reference.json"
 _FORMAT = "mono_quant_hf.reference/1"
@@ -142,7 +142,8 @@ def record_reference(
         seed=seed,
     )
     folder = Path(folder)
-    fingerprint = _fingerprint(model, planned, dtype)
+    windows = [(passage.input_ids, passage.positions, passage.targets) for passage in planned.passages]
+    fingerprint = fingerprint_of(model, planned.task, str(dtype), windows)
     _open(folder, fingerprint)
     missing = [n for n in range(len(planned.passages)) if not (folder / _file_name(n)).exists()]
     started = time.perf_counter()
@@ -161,7 +162,8 @@ def record_reference(
         for index, (number, (passage, logits)) in enumerate(zip(missing, scored, strict=True)):
             stored = _stored(logits, dtype)
             if index == 0:
-                _check_space(folder, left * stored.shape[-1] * stored.element_size())
+                needed = left * stored.shape[-1] * stored.element_size()
+                check_room(folder, needed, "the reference", "give a smaller max_tokens or another folder")
             tensors = {
                 "input_ids": passage.input_ids,
                 "positions": passage.positions,
@@ -169,10 +171,8 @@ def record_reference(
                 "nll": negative_log_likelihood(logits, passage.targets),
                 "logits": stored,
             }
-            _write(
-                folder / _file_name(number),
-                {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
-            )
+            with file_written_aside(folder / _file_name(number)) as new:
+                save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, new)
             bar.update(len(passage.targets))
     seconds = time.perf_counter() - started
     parts = []
@@ -249,13 +249,6 @@ def _file_name(number: int) -> str:
     return f"window-{number:06d}.safetensors"
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Under its name only when whole, so that an interrupted run leaves no half file to go on from."""
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)
-
-
 def _manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / _MANIFEST
     if not path.is_file():
@@ -274,9 +267,8 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    partial = folder / (_MANIFEST + ".partial")
-    partial.write_text(json.dumps(jsonable(manifest), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / _MANIFEST)
+    with file_written_aside(folder / _MANIFEST) as new:
+        new.write_text(json.dumps(jsonable(manifest), indent=2) + "\n", encoding="utf-8")
 
 
 def _open(folder: Path, fingerprint: str) -> None:
@@ -293,28 +285,6 @@ def _open(folder: Path, fingerprint: str) -> None:
                 f"{folder} holds windows of an unknown reference: choose another folder, or delete it."
             )
         _write_manifest(folder, {"format": _FORMAT, "fingerprint": fingerprint, "complete": False})
-
-
-def _fingerprint(model: nn.Module, planned: Plan, dtype: torch.dtype | None) -> str:
-    """A hash of the tokens and of the model: names, shapes, dtypes and a few values of each parameter."""
-    digest = hashlib.sha256(f"{planned.task} {dtype}".encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta" and parameter.numel():
-            digest.update(str(parameter.detach().flatten()[:16].tolist()).encode())
-    for passage in planned.passages:
-        for tensor in (passage.input_ids, passage.positions, passage.targets):
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"the reference needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
-            "give a smaller max_tokens or another folder."
-        )
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -8,19 +8,20 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mono_quant_hf.evaluation.results import Result, jsonable
 from mono_quant_hf.evaluation.sensitivity import contributions, decibels_of, output_sqnr
+from mono_quant_hf.files import file_written_aside
 from mono_quant_hf.integration import Decision
+from mono_quant_hf.integration.checkpoint import opener, read_headers
 from mono_quant_hf.modules import QuantizedModule
 
 MEASURED = "float weights"
@@ -135,7 +136,8 @@ class QuantizationReport(Result):
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()`."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with file_written_aside(path) as new:
+            new.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def to_png(self, path: str | os.PathLike[str]) -> None:
         """Draw the SQNR of each module by depth and kind, and how the worst channels are spread.
@@ -151,7 +153,8 @@ class QuantizationReport(Result):
         """Write one page with pictures and table that needs no other file and no network."""
         from mono_quant_hf.evaluation.report_pictures import page
 
-        Path(path).write_text(page(self), encoding="utf-8")
+        with file_written_aside(path) as new:
+            new.write_text(page(self), encoding="utf-8")
 
     def table(self, limit: int | None = None) -> str:
         """The modules as aligned text, the worst `limit` of them."""
@@ -336,19 +339,15 @@ def _weights_of(reference: nn.Module | str | os.PathLike[str] | None) -> Iterato
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     if not files or not files[0].is_file():
         raise ValueError(f"{folder} holds no safetensors files: give the folder of the float checkpoint.")
-    with ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for file in files:
-            opened = stack.enter_context(safe_open(file, framework="pt"))
-            where |= dict.fromkeys(opened.keys(), opened)
-        heads = {key.split(".")[0] for key in where}
+    stored, opened = read_headers([str(file) for file in files]), opener()
+    heads = {key.split(".")[0] for key in stored}
 
-        def read(name: str) -> Tensor | None:
-            # a checkpoint may have been saved with or without the head's prefix, such as `model.`
-            names = [name, *(f"{head}.{name}" for head in sorted(heads)), name.partition(".")[2]]
-            return next((where[n].get_tensor(n) for n in names if n in where), None)
+    def read(name: str) -> Tensor | None:
+        # a checkpoint may have been saved with or without the head's prefix, such as `model.`
+        names = [name, *(f"{head}.{name}" for head in sorted(heads)), name.partition(".")[2]]
+        return next((opened(stored[n].file).get_tensor(n) for n in names if n in stored), None)
 
-        yield read
+    yield read
 
 
 def _prefix_of(model: nn.Module) -> str:

@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mono_quant_hf.files import file_written_aside
+
 if TYPE_CHECKING:
     from mono_quant_hf.evaluation.report import ModuleReport, QuantizationReport
     from mono_quant_hf.evaluation.search import SearchResult
@@ -121,7 +123,7 @@ def draw_png(report: QuantizationReport, path: Path) -> None:
     for ax in below:
         ax.tick_params(labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def draw_frontier(result: SearchResult, path: Path) -> None:
@@ -154,7 +156,12 @@ def draw_frontier(result: SearchResult, path: Path) -> None:
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with file_written_aside(path) as new:
+        figure.savefig(new, format="png", dpi=130, metadata={"Software": "mono_quant_hf"})
 
 
 # The page
@@ -223,6 +230,7 @@ def page(report: QuantizationReport) -> str:
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="generator" content="mono_quant_hf">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(report.model)}: quantization report</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(report.model)}: quantization report</h1>",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from mono_quant_hf.integration.tags import tags_of
 
 from .errors import HubError
 from .facts import CheckpointFacts, read_facts
+from .markdown import code_span, fenced, phrase, picture
 from .measurements import Evaluation
+
+logger = logging.getLogger("mono_quant_hf")
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 START = "<!-- mono_quant_hf: what follows is written anew by every push, up to the end mark -->"
@@ -61,7 +66,9 @@ def model_card(
         a card that is not saved yet.
 
     Raises:
-        HubError: the folder holds no model quantized by mono_quant_hf, or the evaluation no known number.
+        HubError: the folder holds no model quantized by mono_quant_hf, the evaluation no known number, or the
+            metadata of `existing` cannot be kept.
+        ValueError: a file of the folder is damaged; the message names it.
 
     Example:
         >>> import tempfile
@@ -77,13 +84,12 @@ def model_card(
     """
     facts = read_facts(folder)
     evaluations = Evaluation.of(evaluation)
-    carried = _data(original)
-    data: dict[str, Any] = {key: carried[key] for key in CARRIED_OVER if key in carried}
+    data = _carried_over(_data(original), CARRIED_OVER)
     if license is not None:
         data = {key: value for key, value in data.items() if not key.startswith("license")} | {
             "license": license
         }
-    base = base_model or _data(existing).get("base_model")
+    base = base_model or _carried_over(_data(existing), ["base_model"]).get("base_model")
     if base:
         data |= {"base_model": base, "base_model_relation": "quantized"}
     data.setdefault("pipeline_tag", facts.task)
@@ -95,19 +101,22 @@ def model_card(
     fresh = ModelCard.from_template(
         ModelCardData(**data),
         template_path=str(TEMPLATE),
-        title=name,
+        title=phrase(name),
         start=START,
         end=END,
-        repo_id=repo_id,
+        repo_id=json.dumps(repo_id),
         plots=[
-            {"alt": Path(plot).stem.replace("_", " "), "path": f"{PLOTS_FOLDER}/{Path(plot).name}"}
-            for plot in plots
+            picture(Path(plot).stem.replace("_", " "), f"{PLOTS_FOLDER}/{Path(plot).name}") for plot in plots
         ],
+        phrase=phrase,
+        fenced=fenced,
         evaluations=evaluations,
         notes=notes,
         **_words(facts, folder, base),
     )
-    return fresh if existing is None else _extended(existing, fresh)
+    card = fresh if existing is None else _extended(existing, fresh)
+    check_card(card)
+    return card
 
 
 def load_card(where: str | os.PathLike[str], token: str | bool | None = None) -> ModelCard | None:
@@ -131,12 +140,30 @@ def _data(card: ModelCard | None) -> dict[str, Any]:
     return {} if card is None else {key: value for key, value in card.data.to_dict().items() if value}
 
 
+def _carried_over(data: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Metadata of another card that are names, or lists of names."""
+    carried: dict[str, Any] = {}
+    for key in keys:
+        names = _names(data.get(key))
+        if names:
+            carried[key] = names if isinstance(data[key], list) else names[0]
+        elif key in data:
+            logger.warning("What the card says of %s is no name, and is left out of the new card.", key)
+    return carried
+
+
+def _names(value: Any) -> list[str]:
+    """The names in a field of metadata that holds one or a list; none where one of them is no name."""
+    names = value if isinstance(value, list) else [value]
+    return names if all(isinstance(name, str) and name.isprintable() for name in names) else []
+
+
 def _words(facts: CheckpointFacts, folder: str | os.PathLike[str], base: Any) -> dict[str, Any]:
     """What the template says of a checkpoint."""
     from mono_quant_hf import __version__
 
-    base = ", ".join(base) if isinstance(base, list) else base
-    origin = f"[{base}](/{base})" if base else facts.architecture
+    bases = [f"[{one}](/{one})" if _HUB_ID.fullmatch(one) else phrase(one) for one in _names(base)]
+    origin = ", ".join(bases) or facts.architecture
     config = facts.config
     scheme = "float16 weights"
     if config.weights == "int8":
@@ -170,7 +197,7 @@ def _settings(config: MonoQuantConfig) -> str:
         value = getattr(config, name)
         if name not in ("weights", "checksums", "format_version") and value != getattr(default, name):
             parts.append(f"{name}={value!r}")
-    return f"MonoQuantConfig({', '.join(parts)})"
+    return fenced(f"MonoQuantConfig({', '.join(parts)})", "python")
 
 
 def _processor(folder: Path) -> tuple[str, str] | None:
@@ -193,7 +220,7 @@ def _groups(decisions: list[Decision]) -> list[dict[str, str]]:
             stored += ", symmetric" if decision.symmetric else ", asymmetric"
         grouped.setdefault((decision.kind, stored), []).append(decision)
     return [
-        {"kind": f"`{kind}`", "stored": stored, **_counts(members)}
+        {"kind": code_span(kind), "stored": stored, **_counts(members)}
         for (kind, stored), members in grouped.items()
     ]
 
@@ -203,7 +230,7 @@ def _kept(decisions: list[Decision]) -> list[dict[str, str]]:
     for decision in decisions:
         grouped.setdefault(decision.reason or "the settings", []).append(decision)
     rows = [
-        {"reason": reason.replace("|", "\\|"), "example": members[0].module, **_counts(members)}
+        {"reason": phrase(reason), "example": code_span(members[0].module), **_counts(members)}
         for reason, members in grouped.items()
     ]
     return rows

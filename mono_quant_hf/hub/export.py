@@ -31,7 +31,7 @@ def export(
         destination: a folder; for `"gguf"` a file.
         format: `"compressed-tensors"` (vLLM, SGLang, transformers), `"bitsandbytes"` or `"gguf"` (llama.cpp).
         tokenizer: saved along; a folder brings its own.
-        overwrite: replace what is at the destination.
+        overwrite: replace a checkpoint, or for `"gguf"` a file, that this package wrote.
         options: those of `export_compressed_tensors`, `export_bitsandbytes` or `export_gguf`.
 
     Raises:

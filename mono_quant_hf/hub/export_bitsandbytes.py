@@ -15,6 +15,7 @@ from mono_quant_hf.modules import QuantizedConv1DProjection, QuantizedLinear, Qu
 
 from .errors import HubError
 from .exporting import float_linears, load_quantized, notice, rewritten, save_as
+from .folders import check_destination
 
 ROW_MAJOR = 0
 """The only `weight_format` that bitsandbytes still writes."""
@@ -37,7 +38,7 @@ def export_bitsandbytes(
         model: the model, or its folder or name on the Hub.
         destination: a folder, written whole or not at all.
         tokenizer: saved along; a folder brings its own.
-        overwrite: replace what is at the destination.
+        overwrite: replace a checkpoint that this package wrote.
         max_shard_size: where to split the weights.
 
     Raises:
@@ -58,6 +59,7 @@ def export_bitsandbytes(
         >>> written["quantization_config"]["load_in_8bit"]
         True
     """
+    check_destination(destination, overwrite, model)
     source: Path | None = None
     if not isinstance(model, PreTrainedModel):
         model, source = load_quantized(model)

@@ -22,6 +22,7 @@ from mono_quant_hf.modules.experts import expert_weights
 
 from .errors import HubError
 from .exporting import float_linears, load_quantized, notice, rewritten, save_as, skeleton_like
+from .folders import check_destination
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -48,7 +49,7 @@ def export_compressed_tensors(
         activations: `"int8"` has the engine quantize activations to int8, per token, while it runs; None: what the
             model's config says.
         tokenizer: saved along; a folder brings its own.
-        overwrite: replace what is at the destination.
+        overwrite: replace a checkpoint that this package wrote.
         max_shard_size: where to split the weights.
 
     Raises:
@@ -69,6 +70,7 @@ def export_compressed_tensors(
         >>> written["quantization_config"]["format"]
         'int-quantized'
     """
+    check_destination(destination, overwrite, model)
     source: Path | None = None
     if not isinstance(model, PreTrainedModel):
         model, source = load_quantized(model)

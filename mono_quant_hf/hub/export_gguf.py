@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mono_quant_hf.files import file_written_aside
+from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
 
 from .errors import HubError
 from .exporting import load_quantized
+from .folders import check_not_read
+from .opening import making
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -30,6 +34,7 @@ ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3"
 """`model_type` of transformers to the architecture's name in `gguf.MODEL_ARCH`."""
 _ROTATED_IN_PAIRS = ("LLAMA",)
 """Architectures for which llama.cpp rotates neighbours, so that the rows of queries and keys are reordered."""
+QUANTIZED_BY = "mono_quant_hf"
 BLOCK = 32
 LARGEST_SCALE_ERROR = 2.0**-10
 """Relative; float16 is worse only for scales below 2^-14, in its subnormal range."""
@@ -60,7 +65,7 @@ def export_gguf(
         destination: a file that ends in .gguf, written whole or not at all.
         tokenizer: written into the file if it is a byte-level BPE, as of Llama 3, Qwen and SmolLM; that of the
             model's folder if None.
-        overwrite: replace a file that is there.
+        overwrite: replace a GGUF file that this package wrote.
 
     Raises:
         HubError: the model is not quantized by mono_quant_hf, is of another architecture or has rotary embeddings
@@ -87,9 +92,15 @@ def export_gguf(
     target = Path(destination)
     if target.suffix != ".gguf":
         raise HubError(f"{target} is no name for a GGUF file; give one that ends in .gguf.")
-    if target.is_dir() or (target.exists() and not overwrite):
+    check_not_read(target, model)
+    if os.path.lexists(target) and not overwrite:
         raise HubError(
             f"{target} is there already; name a new file, or allow it to be replaced (--overwrite)."
+        )
+    if os.path.lexists(target) and not _is_ours(target, gguf):
+        raise HubError(
+            f"{target} is no GGUF file that mono_quant_hf wrote, and is not replaced; name another, or remove it "
+            "yourself."
         )
     source: Path | None = None
     if not isinstance(model, PreTrainedModel):
@@ -110,14 +121,13 @@ def export_gguf(
         )
     architecture = gguf.MODEL_ARCH[name]
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        file = Path(scratch) / "model.gguf"
+    strange = making(source, "its files hold what cannot be written as GGUF") if source else nullcontext()
+    with strange, file_written_aside(target) as file:
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
         _add_config(writer, model.config, rope, target.stem, gguf)
         if tokenizer is not None:
-            tokenizer.save_pretrained(Path(scratch) / "tokenizer")
-            _add_tokenizer(writer, Path(scratch) / "tokenizer", model.config, gguf)
+            tokenizer.save_pretrained(file.parent / "tokenizer")
+            _add_tokenizer(writer, file.parent / "tokenizer", model.config, gguf)
         elif source is not None:
             _add_tokenizer(writer, source, model.config, gguf)
         else:
@@ -127,13 +137,24 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        file.replace(target)
+
+
+def _is_ours(file: Path, gguf: Any) -> bool:
+    """Whether this package wrote a GGUF file."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    try:
+        written_by = gguf.GGUFReader(file).get_field("general.quantized_by")
+    except (ValueError, IndexError, KeyError):  # it is no GGUF, or damaged
+        return False
+    return written_by is not None and written_by.contents() == QUANTIZED_BY
 
 
 def _add_config(writer: Any, config: Any, rope: dict[str, Any], name: str, gguf: Any) -> None:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_name(name)
+    writer.add_quantized_by(QUANTIZED_BY)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -252,8 +273,8 @@ def _reordered(tensor: Tensor, heads: int | None) -> Tensor:
 
 def _add_tokenizer(writer: Any, folder: Path, config: Any, gguf: Any) -> None:
     file = folder / "tokenizer.json"
-    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if data.get("model", {}).get("type") != "BPE" or "ByteLevel" not in json.dumps(data.get("pre_tokenizer")):
+    data = read_json(file) if file.is_file() else {}
+    if _part(data, "model").get("type") != "BPE" or "ByteLevel" not in json.dumps(data.get("pre_tokenizer")):
         logger.warning(
             "The tokenizer in %s is no byte-level BPE, so it is not in the GGUF file; keep its files beside it.",
             folder,
@@ -272,6 +293,11 @@ def _add_tokenizer(writer: Any, folder: Path, config: Any, gguf: Any) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _part(data: dict[str, Any], key: str) -> dict[str, Any]:
+    part = data.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _pre_tokenizer(data: dict[str, Any], model_type: str) -> str:

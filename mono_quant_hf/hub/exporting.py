@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mono_quant_hf.config import QUANT_METHOD
+from mono_quant_hf.files import check_room
 from mono_quant_hf.modules import QuantizedModule
 from mono_quant_hf.modules.base import DTYPE_NAME
 
 from .errors import HubError
-from .facts import model_class_of, quantization_of
 from .folders import copy_companions, written_beside
+from .opening import model_of, quantization_of
 from .sources import local_folder
 
 logger = logging.getLogger("mono_quant_hf")
@@ -51,7 +52,7 @@ def load_quantized(
     """A model quantized by mono_quant_hf, from a folder or the Hub, and its folder.
 
     Raises:
-        HubError: it is not one.
+        HubError, ValueError: it is not one, or a file of it is damaged.
     """
     folder = local_folder(source, revision)
     method = (quantization_of(folder) or {}).get("quant_method")
@@ -60,8 +61,7 @@ def load_quantized(
             f"The model in {folder} is {f'quantized by {method}' if method else 'float'}, not quantized by "
             "mono_quant_hf; quantize it first (mono-quant-hf quantize)."
         )
-    model_class = model_class_of(AutoConfig.from_pretrained(folder))
-    return model_class.from_pretrained(folder), folder
+    return model_of(folder), folder
 
 
 def rewritten(model: PreTrainedModel, rewrite: Rewrite) -> Rewritten:
@@ -149,7 +149,8 @@ def save_as(
     """Write the tensors with the model's own config and another quantization config, whole or not at all."""
     skeleton = skeleton_like(model)
     skeleton.config.quantization_config = quantization_config
-    with written_beside(destination, overwrite) as folder:
+    check_room(destination, sum(tensor.nbytes for tensor in result.tensors.values()), "The export")
+    with written_beside(destination, overwrite, source) as folder:
         # The skeleton is float and so saves like any model, with the conversions to names on disk.
         skeleton.save_pretrained(folder, state_dict=result.tensors, max_shard_size=max_shard_size)
         if tokenizer is not None:

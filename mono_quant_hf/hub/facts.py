@@ -6,11 +6,8 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
@@ -24,7 +21,8 @@ from mono_quant_hf.integration.checkpoint import (
 from mono_quant_hf.integration.selection import Decision, decide
 
 from .errors import HubError
-from .folders import read_json, weight_files
+from .folders import weight_files
+from .opening import quantization_of, settings_of, skeleton_of
 
 ITEM_SIZES = {
     "F64": 8,
@@ -106,7 +104,7 @@ def read_facts(folder: str | os.PathLike[str]) -> CheckpointFacts:
     """The facts of a folder that holds a model quantized by mono_quant_hf.
 
     Raises:
-        HubError: it does not; the message says what is missing.
+        HubError, ValueError: it does not, or a file is damaged; the message says what is missing or names it.
     """
     folder = Path(folder)
     settings = quantization_of(folder)
@@ -119,7 +117,7 @@ def read_facts(folder: str | os.PathLike[str]) -> CheckpointFacts:
         )
     files = weight_files(folder)
     stored = read_headers([str(file) for file in files])
-    config = MonoQuantConfig.from_dict(settings)
+    config = settings_of(folder, settings)
     skeleton = skeleton_of(folder)
     decisions = decide_by_checkpoint(skeleton, decide(skeleton, config), stored_in_model(skeleton, stored))
     companions = {f"{stem}_{suffix}" for stem in stems_of_codes(stored) for suffix in ("scale", "zero_point")}
@@ -133,38 +131,6 @@ def read_facts(folder: str | os.PathLike[str]) -> CheckpointFacts:
         bytes_as_float=sum(4 * math.prod(t.shape) for name, t in stored.items() if name not in companions),
         sharded=len(files) > 1,
     )
-
-
-def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The `quantization_config` of a model's folder, None for a float model.
-
-    Raises:
-        HubError: the folder has no config.json, or one that cannot be read.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise HubError(f"{folder} has no config.json; name the folder of a saved transformers model.")
-    config = read_json(file)
-    return config.get("quantization_config") or config.get("compression_config")
-
-
-def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that a config's checkpoint was saved from, the base model's where the config does not say."""
-    for name in config.architectures or []:
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    base: type[PreTrainedModel] = AutoModel._model_mapping[type(config)]  # type: ignore[assignment]
-    return base
-
-
-def skeleton_of(folder: Path) -> PreTrainedModel:
-    """The float model of a folder on the meta device: all modules, no weights."""
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return model_class_of(config)(config)
 
 
 def auto_class_of(architecture: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
 from transformers.pytorch_utils import Conv1D
 
+from mono_quant_hf.calibration.samples import reads_text
 from mono_quant_hf.config import FIELDS, QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.files import check_room, scratch_folder
+from mono_quant_hf.integration import quantize_model
 from mono_quant_hf.integration.checkpoint import read_headers
-from mono_quant_hf.integration.selection import aliases_of
+from mono_quant_hf.integration.selection import aliases_of, decide
+from mono_quant_hf.json_files import read_json
+from mono_quant_hf.modules.base import STORAGE_DTYPES
 
 from .card import is_hub_id, load_card, model_card
 from .errors import HubError
 from .export_bitsandbytes import ROW_MAJOR
 from .export_compressed_tensors import unpack
-from .facts import model_class_of, quantization_of, skeleton_of
 from .folders import check_destination, copy_companions, weight_files, written_beside
+from .opening import making, model_of, processor_of, quantization_of, skeleton_of
 from .sources import local_folder
 
 logger = logging.getLogger("mono_quant_hf")
@@ -47,8 +52,13 @@ def quantize_checkpoint(
     dtype: Any = "auto",
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    calibration: Any = None,
+    **options: Any,
 ) -> str:
     """Write a checkpoint quantized by mono_quant_hf, with its tokenizer or processor and a model card.
+
+    What saving needs is looked at before the work: the folder, and room on its disk. The model is written first, and
+    what of the rest cannot be is warned about.
 
     Args:
         source: folder or Hub name of a float model, or of an int8 one of compressed-tensors or bitsandbytes; or a
@@ -58,8 +68,10 @@ def quantize_checkpoint(
             only the default is allowed then.
         revision: of a source on the Hub.
         dtype: of what is left in float, `"auto"` for that of the checkpoint.
-        overwrite: replace what is at the destination.
+        overwrite: replace a checkpoint that this package wrote.
         max_shard_size: where to split the weights; codes taken over keep the files of the source.
+        calibration: how int8 codes are chosen, as in `quantize_model`; the float model is in memory then.
+        options: of calibration: `sampling`, `compensation`, `resume_folder`, `progress`.
 
     Returns:
         what was done, in a few words.
@@ -67,6 +79,9 @@ def quantize_checkpoint(
     Raises:
         HubError: the source is quantized by mono_quant_hf already or in a way that cannot be read, or the
             destination is taken.
+        TypeError: options of calibration without it.
+        OSError: the disk has too little room.
+        HubError, ValueError: a file of the source is damaged; the message names it.
 
     Example:
         >>> import tempfile
@@ -81,31 +96,40 @@ def quantize_checkpoint(
         >>> model.encoder.layer[0].intermediate.dense
         QuantizedLinear(in_features=32, out_features=32, bias=True, weights=int8, asymmetric)
     """
-    check_destination(destination, overwrite)
+    check_destination(destination, overwrite, source)
     config = MonoQuantConfig() if config is None else config
+    quantize_float: Callable[[Path, Path], None] = partial(
+        _quantize_float,
+        config=config,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        calibration=calibration,
+        **options,
+    )
+    if options and calibration is None:
+        raise TypeError(f"{next(iter(options))} is for calibration; give calibration= too, or leave it out.")
+    again = "rounded a second time" if calibration is None else "calibrated"
     if str(source).endswith(".gguf"):
-        return _from_gguf(Path(source), destination, config, dtype, overwrite, max_shard_size)
+        _from_gguf(Path(source), destination, quantize_float, overwrite)
+        return f"made float and {again}, as GGUF has a scale for each block of a row"
     folder = local_folder(source, revision)
     settings = quantization_of(folder)
     method = (settings or {}).get("quant_method")
     if settings is None:
-        how = "rounded from float"
-        with written_beside(destination, overwrite) as new:
-            _quantize_float(folder, new, config, dtype, max_shard_size)
-            _add_card(source, folder, new, destination)
-        return how
+        with written_beside(destination, overwrite, source) as new:
+            quantize_float(folder, new)
+            add_companions(source, folder, new, destination)
+        return "rounded from float" if calibration is None else "calibrated from float"
     if method == QUANT_METHOD:
         raise HubError(
             f"{source} is quantized by mono_quant_hf already; give the float model it was made from."
         )
     if method == "compressed-tensors" and not _codes_fit(folder, settings):
-        with tempfile.TemporaryDirectory(prefix="mono-quant-hf-") as scratch:
-            _dequantize_compressed(folder, Path(scratch), dtype)
-            with written_beside(destination, overwrite) as new:
-                _quantize_float(Path(scratch), new, config, dtype, max_shard_size)
-                copy_companions(folder, new)
-                _add_card(source, folder, new, destination)
-        return "made float and rounded a second time, as its format is not int8 with a scale per channel"
+        with written_beside(destination, overwrite, source) as new, scratch_folder(new.parent) as scratch:
+            _dequantize_compressed(folder, scratch, dtype)
+            quantize_float(scratch, new)
+            add_companions(source, folder, new, destination)
+        return f"made float and {again}, as its format is not int8 with a scale per channel"
     if method == "compressed-tensors":
         decode: Callable[[Path, dict[str, Any], Path], MonoQuantConfig] = _take_compressed
     elif method == "bitsandbytes" and settings.get("load_in_8bit"):
@@ -114,71 +138,130 @@ def quantize_checkpoint(
         raise HubError(
             f"{source} is quantized by {method}, which cannot be taken over; give the float model it was made from."
         )
-    if config != MonoQuantConfig():
+    if config != MonoQuantConfig() or calibration is not None:
         raise HubError(
             f"{source} holds int8 codes, which are taken over as they are; leave the settings out, or give the float "
             "model it was made from."
         )
-    with written_beside(destination, overwrite) as new:
+    with written_beside(destination, overwrite, source) as new:
+        check_room(new, sum(file.stat().st_size for file in weight_files(folder)), f"The model of {source}")
         taken = decode(folder, settings, new)
         _write_config(folder, new, taken)
-        copy_companions(folder, new)
-        _add_card(source, folder, new, destination)
+        add_companions(source, folder, new, destination)
     return "the int8 codes taken over as they are"
 
 
 def _quantize_float(
-    folder: Path, new: Path, config: MonoQuantConfig, dtype: Any, max_shard_size: Any
+    folder: Path,
+    new: Path,
+    *,
+    config: MonoQuantConfig,
+    dtype: Any,
+    max_shard_size: Any,
+    calibration: Any,
+    **options: Any,
 ) -> None:
-    model_class = model_class_of(AutoConfig.from_pretrained(folder))
-    model = model_class.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    """Quantize the float model of a folder into another."""
+    check_room(new, bytes_when_quantized(folder, config, dtype), "The quantized model")
+    if calibration is None:
+        model = model_of(folder, dtype=dtype, quantization_config=config)
+    else:
+        tokenizer = processor_of(folder, AutoTokenizer) if reads_text(calibration) else None
+        model = model_of(folder, dtype=dtype).eval()
+        for part in (model.config, model.generation_config if model.can_generate() else None):
+            if part is not None:
+                part.save_pretrained(new)  # one that cannot be saved shows now, and not after hours
+        quantize_model(model, config, calibration=calibration, tokenizer=tokenizer, **options)
     model.save_pretrained(new, max_shard_size=max_shard_size)
-    copy_companions(folder, new)
 
 
-def _from_gguf(
-    file: Path, destination: Any, config: MonoQuantConfig, dtype: Any, overwrite: bool, max_shard_size: Any
-) -> str:
+def bytes_when_quantized(folder: Path, config: MonoQuantConfig, dtype: Any) -> int:
+    """About what the quantized model of a float one takes on disk; more, where modules are left in float."""
+    skeleton = skeleton_of(folder)
+    recorded: Any = skeleton.config.dtype or torch.float32
+    itemsize = (dtype if isinstance(dtype, torch.dtype) else recorded).itemsize
+    alike = MonoQuantConfig(weights=config.weights, quantize_embeddings=config.quantize_embeddings)
+    quantized = {decision.module for decision in decide(skeleton, alike) if decision.quantized}
+    stored = STORAGE_DTYPES[config.weights].itemsize
+    return sum(
+        p.numel() * (stored if p.dim() > 1 and name.rpartition(".")[0] in quantized else itemsize)
+        for name, p in skeleton.named_parameters()
+    )
+
+
+def _from_gguf(file: Path, destination: Any, quantize_float: Any, overwrite: bool) -> None:
     if not file.is_file():
         raise HubError(f"There is no file {file}.")
     try:
         import gguf  # noqa: F401  transformers reads GGUF with it
     except ImportError as problem:
         raise HubError("Reading GGUF needs the package gguf: pip install 'mono-quant-hf[gguf]'.") from problem
-    with tempfile.TemporaryDirectory(prefix="mono-quant-hf-") as scratch:
+    with written_beside(destination, overwrite, file) as new, scratch_folder(new.parent) as scratch:
         # The numbers of a GGUF file are rounded anew in any case; in float32 that costs nothing more.
-        AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        ).save_pretrained(scratch)
+        with making(file, "it is no GGUF file that transformers can read"):
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+        model.save_pretrained(scratch)
+        del model
         try:
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(scratch)
         except (ValueError, KeyError, NotImplementedError) as problem:
             logger.warning(
                 "The tokenizer in %s cannot be read (%s): add one to %s.", file, problem, destination
             )
-        with written_beside(destination, overwrite) as new:
-            dtype = torch.float32 if dtype == "auto" else dtype
-            _quantize_float(Path(scratch), new, config, dtype, max_shard_size)
-            _add_card(file, Path(scratch), new, destination)
-    return "made float and rounded a second time, as GGUF has a scale for each block of a row"
+        quantize_float(scratch, new)
+        add_companions(file, scratch, new, destination)
 
 
-def _add_card(source: Any, folder: Path, new: Path, destination: str | os.PathLike[str]) -> None:
+def add_companions(source: Any, folder: Path, new: Path, destination: str | os.PathLike[str]) -> None:
+    """Complete a quantized model: what its float model's folder holds beside the weights, and a model card.
+
+    What of that cannot be had is warned about: the model is worth as much without.
+
+    Args:
+        source: what the user calls the float model.
+        folder: where it is.
+        new: where the quantized one is written.
+        destination: where it will be in the end.
+    """
+    copy_companions(folder, new)
     base = str(source) if is_hub_id(str(source)) else None
     name = Path(destination).resolve().name
-    model_card(new, name, original=load_card(folder), base_model=base).save(new / "README.md")
+    try:
+        model_card(new, name, original=load_card(folder), base_model=base).save(new / "README.md")
+    except Exception as problem:
+        logger.warning(
+            "No model card was written (%s: %s); the model itself is whole.", type(problem).__name__, problem
+        )
 
 
 # compressed-tensors
 
 
+def _groups(folder: Path, settings: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    """What each of the config groups says of `"weights"` or `"input_activations"`; nothing where it says null.
+
+    Raises:
+        HubError: they are not what the format has.
+    """
+    groups = settings.get("config_groups")
+    if isinstance(groups, dict) and all(isinstance(group, dict) for group in groups.values()):
+        parts = [group.get(part) or {} for group in groups.values()]
+        if all(isinstance(settings, dict) for settings in parts):
+            return parts
+    raise HubError(
+        f"{folder / 'config.json'} has no config_groups as compressed-tensors writes them; download or save the model "
+        "again."
+    )
+
+
 def _codes_fit(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether all that is quantized is int8 with a scale per output channel or per tensor."""
-    for group in settings.get("config_groups", {}).values():
-        weights = group.get("weights") or {}
+    for weights in _groups(folder, settings, "weights"):
         if (
             (weights.get("num_bits"), weights.get("type")) != (8, "int")
             or weights.get("strategy") not in ("channel", "tensor")
@@ -227,9 +310,7 @@ def _take_compressed(folder: Path, settings: dict[str, Any], new: Path) -> MonoQ
         return tensors
 
     _convert_files(folder, new, convert)
-    settings_of_groups = [
-        group.get("input_activations") or {} for group in settings["config_groups"].values()
-    ]
+    settings_of_groups = _groups(folder, settings, "input_activations")
     more: dict[str, Any] = {}
     if any(settings_of_groups):
         dynamic = all(one.get("dynamic") is True and one.get("num_bits") == 8 for one in settings_of_groups)
@@ -251,9 +332,8 @@ def _dequantize_compressed(folder: Path, scratch: Path, dtype: Any) -> None:
         raise HubError(
             "Reading this format needs compressed-tensors: pip install 'mono-quant-hf[compressed-tensors]'."
         ) from problem
-    model_class = model_class_of(AutoConfig.from_pretrained(folder))
     how = CompressedTensorsConfig(dequantize=True)
-    model_class.from_pretrained(folder, dtype=dtype, quantization_config=how).save_pretrained(scratch)
+    model_of(folder, dtype=dtype, quantization_config=how).save_pretrained(scratch)
     _write_config(scratch, scratch, None)
 
 
@@ -282,7 +362,9 @@ def _take_bitsandbytes(folder: Path, settings: dict[str, Any], new: Path) -> Mon
                 f"{name} is in a layout that bitsandbytes no longer writes; load and save the model with a current "
                 "bitsandbytes first."
             )
-        codes, scale = load(name), (load(f"{base}.SCB").float() / 127).reshape(-1, 1)
+        scale = (load(f"{base}.SCB").float() / 127).reshape(-1, 1)
+        codes = load(name).masked_fill(scale == 0, 0)  # a row of zeros
+        scale = scale.masked_fill(scale == 0, 1)
         if base in transposed:
             codes, scale = codes.T.contiguous(), scale.T.contiguous()
         return {f"{base}.weight_int8": codes, f"{base}.weight_scale": scale}
@@ -310,7 +392,10 @@ def _convert_files(folder: Path, new: Path, convert: Callable[[str, Load], dict[
     for file in files:
         made: dict[str, Tensor] = {}
         for name in sorted(name for name, at in where.items() if at == str(file)):
-            made |= convert(name, load)
+            with making(file, f"{name} in it is not what the format says"):
+                tensors = convert(name, load)
+            _check_codes(file, tensors)
+            made |= tensors
         save_file(made, new / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(made, file.name)
         total += sum(tensor.nbytes for tensor in made.values())
@@ -320,9 +405,20 @@ def _convert_files(folder: Path, new: Path, convert: Callable[[str, Load], dict[
         (new / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
+def _check_codes(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse what could be written, and not loaded: a scale that is none, or one of something else than codes."""
+    for name, scale in tensors.items():
+        if name.endswith("_scale"):
+            codes = tensors[name.removesuffix("_scale")]
+            if codes.dtype is not torch.int8 or not bool((scale.isfinite() & (scale > 0)).all()):
+                raise HubError(
+                    f"{name} in {file} is no positive scale of int8 codes; download or save the model again."
+                )
+
+
 def _write_config(folder: Path, new: Path, config: MonoQuantConfig | None) -> None:
     """The config.json of `folder` with another quantization config, or with none."""
-    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data = read_json(folder / "config.json")
     data.pop("compression_config", None)
     data.pop("quantization_config", None)
     if config is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from mono_quant_hf.evaluation.results import Result
+from mono_quant_hf.json_files import read_json
 
 from .errors import HubError
 
@@ -62,10 +62,10 @@ class Evaluation:
     values: list[dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        values = [result.to_dict() if isinstance(result, Result) else dict(result) for result in self.results]
+        values = [result.to_dict() if isinstance(result, Result) else result for result in self.results]
         known = {metric.key for metric in METRICS}
         for value in values:
-            if not known & value.keys():
+            if not isinstance(value, Mapping) or not known & value.keys():
                 raise HubError(
                     f"An evaluation holds none of the numbers that a model card shows ({', '.join(sorted(known))}); "
                     "give results of mono_quant_hf.evaluation."
@@ -89,9 +89,9 @@ class Evaluation:
             return [cls([given])]
         if isinstance(given, Mapping):
             results = given.get("results", [given])
-            results = list(results.values()) if isinstance(results, Mapping) else list(results)
+            results = list(results.values() if isinstance(results, Mapping) else results or ())
             about = {"dataset": given.get("dataset") or given.get("data"), "command": given.get("command")}
-            return [cls(results, **{key: value for key, value in about.items() if value})]
+            return [cls(results, **{key: str(value) for key, value in about.items() if value})]
         if isinstance(given, Iterable):
             return [one for item in given for one in cls.of(item)]
         raise HubError(
@@ -108,9 +108,14 @@ class Evaluation:
                 if number is not None and _finite(number) and metric.name not in rows:
                     rows[metric.name] = _written(number, metric, value)
             for key, name in (("tokens", "tokens scored"), ("samples", "samples")):
-                if key in value:
+                if _finite(value.get(key)):
                     counts[name] = f"{value[key]:,}"
-        if "reference_perplexity" in (v := _merged(self.values)) and _finite(v.get("perplexity")):
+        v = _merged(self.values)
+        if (
+            _finite(v.get("reference_perplexity"))
+            and v["reference_perplexity"]
+            and _finite(v.get("perplexity"))
+        ):
             change = 100 * (v["perplexity"] / v["reference_perplexity"] - 1)
             rows["perplexity"] = f"{v['perplexity']:.4f} ({change:+.3f} %)"
         return [*rows.items(), *counts.items()]
@@ -151,11 +156,11 @@ def _merged(values: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(number: Any) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < math.inf
 
 
 def _read(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file, (dict, list))
     except (OSError, ValueError) as problem:
-        raise HubError(f"The evaluation {file} cannot be read as JSON: {problem}") from problem
+        raise HubError(f"The evaluation cannot be read: {problem}") from problem

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,13 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedModel
 
+from mono_quant_hf.files import scratch_folder
 from mono_quant_hf.modules import QuantizedModule
 
-from .card import PLOTS_FOLDER, check_card, is_hub_id, load_card, model_card
+from .card import PLOTS_FOLDER, is_hub_id, load_card, model_card
 from .errors import HubError
 from .facts import read_facts
+from .folders import is_inside
 
 OURS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 """Names of files that a push replaces as a whole: one that is not in the new set is taken away."""
@@ -98,8 +99,7 @@ def push_to_hub(
         >>> push_to_hub(quantize_model(model), "me/bert-int8", license="apache-2.0")  # doctest: +SKIP
     """
     api = HfApi(token=token, library_name="mono_quant_hf")
-    with tempfile.TemporaryDirectory(prefix="mono-quant-hf-push-") as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         source = _gather(model, folder, tokenizer, processor, max_shard_size)
         read_facts(
             folder if isinstance(model, PreTrainedModel) else model
@@ -128,7 +128,6 @@ def push_to_hub(
                 plots=plots,
                 notes=notes,
             )
-            check_card(card)
             card.save(folder / "README.md")
             return api.create_commit(
                 repo_id,
@@ -158,8 +157,14 @@ def _gather(model: Any, folder: Path, tokenizer: Any, processor: Any, max_shard_
             raise HubError(f"{source} is no folder; name the folder of a saved model, or pass the model.")
         for file in sorted(source.rglob("*")):
             target = folder / file.relative_to(source)
-            hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
-            if file.is_file() and not hidden:
+            if any(part.startswith(".") for part in file.relative_to(source).parts):
+                continue
+            if not is_inside(file, source):
+                raise HubError(
+                    f"{file} is a link that leads out of {source}, so it is not pushed; put the file itself there, or "
+                    "remove the link."
+                )
+            if file.is_file():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 # Weights are large and only read: a link will do.
                 target.symlink_to(file.resolve())

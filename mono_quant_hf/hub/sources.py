@@ -11,16 +11,25 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from .card import is_hub_id
 from .errors import HubError
+from .folders import is_inside
 
 
 def local_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder of a model, downloaded into the cache of huggingface_hub if `source` is a name on the Hub.
 
     Raises:
-        HubError: it is neither, or cannot be downloaded.
+        HubError: it is neither, or cannot be downloaded; or what becomes part of a model's copy lies elsewhere.
     """
-    if Path(source).is_dir():
-        return Path(source)
+    if (folder := Path(source)).is_dir():
+        for name in (
+            "config.json",
+            "generation_config.json",
+        ):  # of which transformers saves whatever they hold
+            if not is_inside(folder / name, folder):
+                raise HubError(
+                    f"{folder / name} is a link that leads out of {folder}; put the file itself there."
+                )
+        return folder
     name = str(source)
     if not is_hub_id(name):
         raise HubError(f"{name} is neither a folder nor the name of a model on the Hub (owner/name).")

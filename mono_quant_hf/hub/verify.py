@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -33,11 +34,14 @@ from mono_quant_hf.integration.checkpoint import (
 from mono_quant_hf.integration.expected import expected_tensors
 from mono_quant_hf.integration.fingerprints import flaws_by_fingerprint
 from mono_quant_hf.integration.selection import aliases_of, decide
+from mono_quant_hf.json_files import read_index
 from mono_quant_hf.modules.base import DTYPE_NAME
+from mono_quant_hf.texts import one_line
 
 from .errors import HubError
-from .facts import quantization_of, size_of, skeleton_of
-from .folders import INDEX, read_json, weight_files
+from .facts import size_of
+from .folders import INDEX, weight_files
+from .opening import check_float, quantization_of, settings_of, skeleton_of
 from .sources import local_folder
 
 HALF_A_STEP = 0.5 + 1e-3
@@ -133,6 +137,7 @@ def verify_checkpoint(
 
     Raises:
         HubError: there is no such model, or it is not one that mono_quant_hf quantized.
+        ValueError: a file of the float model is damaged.
 
     Example:
         >>> import tempfile
@@ -180,17 +185,15 @@ class _Verifying:
         self.flaws.setdefault((flaw.file, flaw.tensor or flaw.message), flaw)
 
     def says(self, file: str | Path, tensor: str, message: str) -> None:
-        self.add(Flaw(str(file), tensor, message))
+        self.add(Flaw(str(file), tensor, one_line(message)))
 
     def checkpoint(self) -> None:
         config_file = self.folder / "config.json"
         try:
             settings = quantization_of(self.folder)
-        except HubError:
+        except (HubError, ValueError) as problem:
             if config_file.is_file():
-                self.says(
-                    config_file, "", f"{config_file} is no JSON object; download or save the model again."
-                )
+                self.says(config_file, "", str(problem))
                 return
             raise
         if (settings or {}).get("quant_method") != QUANT_METHOD:
@@ -198,10 +201,10 @@ class _Verifying:
             return
         files = self._files()
         try:
-            self.config = MonoQuantConfig.from_dict(settings or {})
+            self.config = settings_of(self.folder, settings or {})
             self.model = skeleton_of(self.folder)
-        except (ValueError, TypeError, KeyError, OSError, AttributeError) as problem:
-            self.says(config_file, "", f"{config_file} describes no model that can be made: {problem}")
+        except (HubError, ValueError) as problem:
+            self.says(config_file, "", str(problem))
             return
         if self.stored:
             self._tensors(self.model, self.config, config_file)
@@ -210,14 +213,12 @@ class _Verifying:
 
     def _refuse_other(self, settings: dict[str, Any] | None, config_file: Path) -> None:
         """A float model is no mistake of the checkpoint's; codes without a word of them in the config are."""
-        for name, tensor in self._headers(weight_files(self.folder)).items():
-            if tensor.dtype == "I8" and f"{name}_scale" in self.stored and settings is None:
-                self.says(
-                    config_file,
-                    name,
-                    f"{config_file} has no quantization_config, but {name} in {tensor.file} holds int8 codes, which "
-                    "would be read as weights; restore the config.json that was saved with it.",
-                )
+        if settings is None:
+            stored = self._headers(weight_files(self.folder))
+            try:
+                check_float(self.folder, stored)
+            except HubError as problem:
+                self.says(config_file, "", str(problem))
                 return
         found = "float" if settings is None else f"quantized by {settings.get('quant_method')}"
         raise HubError(
@@ -230,13 +231,11 @@ class _Verifying:
         index = self.folder / INDEX
         named: dict[str, str] = {}
         if index.is_file():
-            try:
-                named = dict(read_json(index)["weight_map"])
-            except (HubError, KeyError, TypeError, ValueError):
-                self.says(index, "", f"{index} is no index of weights; download or save the model again.")
+            with contextlib.suppress(ValueError):  # told below
+                named = read_index(index)
         try:
             files = weight_files(self.folder)
-        except (HubError, KeyError, TypeError, AttributeError) as problem:
+        except (HubError, ValueError) as problem:
             self.says(index if named else self.folder, "", str(problem))
             there = sorted(self.folder.glob("*.safetensors"))
             files = [file for file in there if file.name in named.values()] if named else there

@@ -68,7 +68,7 @@ def calibrated_codes(
         raise ValueError(
             "A model that is a single layer has nothing to calibrate with: wrap it in another module."
         )
-    batches = calibration_batches(model, calibration, tokenizer, sampling, progress)
+    batches = calibration_batches(model, calibration, tokenizer, sampling, progress, resume_folder)
     missed = calibrate(
         model,
         targets,

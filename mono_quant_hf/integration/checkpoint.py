@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import DTYPE_NAME, STORAGE_DTYPES
+from mono_quant_hf.texts import shown
 
 from .selection import Decision
 from .tying import tied_modules
@@ -68,6 +69,11 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  not a dict
+                    if not name.isprintable():
+                        raise ValueError(
+                            f"{file} holds a tensor named {shown(name)}, with characters that no name has; download or "
+                            "save it again."
+                        )
                     if name in stored:
                         raise ValueError(
                             f"{name} is both in {stored[name].file} and in {file}; save the model again."

@@ -2,20 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from time import thread_time
 
 # The standard library's re has no bound on time, and `(.*.*)*x` takes longer than the universe has.
 import regex
 
+from mono_quant_hf.config import LITERAL
+from mono_quant_hf.texts import shown
+
 logger = logging.getLogger("mono_quant_hf")
 
-SECONDS = 1.0
-"""For all that is slow to match, all patterns of a field together; what takes under `SLOW` does not count."""
-SLOW = 0.01
+SECONDS = 5.0
+"""Of processor time, for all patterns of a config with all modules of a model; usual ones take milliseconds."""
+MOST_HINTS = 5
+"""Patterns without a match that are warned of one by one."""
+LONGEST_HINT = 200
+"""Characters of a pattern that is compared with all names to find those that are near."""
+
+Matcher = Callable[[str], bool]
+
+
+class TooSlow(Exception):
+    """The processor time for matching is used up."""
+
+
+class Stopwatch:
+    """Processor time that matching takes, of this thread alone: a busy machine makes no pattern slow."""
+
+    def __init__(self) -> None:
+        self.left = SECONDS
+        self._end = 0.0
+
+    def matches(self, matcher: Matcher, names: Sequence[str]) -> bool:
+        """Whether any of the names matches.
+
+        Raises:
+            TooSlow: all the time is used up.
+        """
+        if self.left <= 0:
+            raise TooSlow
+        self._end = thread_time() + self.left
+        try:
+            return any(map(matcher, names))
+        finally:
+            self.left = self._end - thread_time()
+
+    def expression(self, pattern: str) -> Matcher:
+        """A regular expression that is matched from the start of a name, until the time is used up."""
+        compiled = regex.compile(pattern)
+
+        def matcher(name: str) -> bool:
+            while (left := self._end - thread_time()) > 0:
+                # regex counts what other threads of the process take too, so one that timed out may have time left.
+                with contextlib.suppress(TimeoutError):
+                    return compiled.match(name, timeout=left) is not None
+            raise TooSlow
+
+        return matcher
 
 
 class Aliases:
@@ -41,63 +89,80 @@ class PatternTracker:
         self,
         field: str,
         patterns: list[str],
-        matches: Callable[[str, str, float], bool],
+        matcher_of: Callable[[str, Stopwatch], Matcher],
         aliases: Callable[[str], list[str]],
+        stopwatch: Stopwatch,
     ):
-        self.field, self.patterns, self.matches, self.aliases = field, patterns, matches, aliases
+        self.field, self.aliases, self.stopwatch = field, aliases, stopwatch
+        self.matchers = {pattern: matcher_of(pattern, stopwatch) for pattern in patterns}
         self.matched: set[str] = set()
-        self.seconds = SECONDS
 
     def first_match(self, name: str) -> str | None:
         """The first pattern that matches a name; None if there is none.
 
         Raises:
-            ValueError: a pattern takes too long.
+            ValueError: the patterns take too long.
         """
-        hits = [pattern for pattern in self.patterns if self._hits(pattern, name)]
+        aliases = self.aliases(name)
+        hits = [pattern for pattern in self.matchers if self._hits(pattern, aliases)]
         self.matched.update(hits)
         return hits[0] if hits else None
 
     def warn_of_unmatched(self, names: list[str]) -> None:
         """Warn of each pattern that has matched nothing, nor matches any of `names`, and name the nearest of them."""
-        for pattern in self.patterns:
-            # A pattern may well name a module that holds no weight to quantize, such as a norm.
-            if pattern not in self.matched and not any(self._hits(pattern, name) for name in names):
-                near = _nearest(pattern, names)
-                hint = f" Nearest names: {', '.join(near)}." if near else ""
-                logger.warning("%s: %r matches no module.%s", self.field, pattern, hint)
+        aliases = [alias for name in names for alias in self.aliases(name)]
+        # A pattern may well name a module that holds no weight to quantize, such as a norm.
+        unmatched = [p for p in self.matchers if p not in self.matched and not self._hits(p, aliases)]
+        for pattern in unmatched[:MOST_HINTS]:
+            near = _nearest(pattern, names)
+            hint = f" Nearest names: {', '.join(near)}." if near else ""
+            logger.warning("%s: %s matches no module.%s", self.field, shown(pattern), hint)
+        if len(unmatched) > MOST_HINTS:
+            logger.warning(
+                "%s: %s more patterns match no module.", self.field, f"{len(unmatched) - MOST_HINTS:,}"
+            )
 
-    def _hits(self, pattern: str, name: str) -> bool:
-        started = time.perf_counter()
+    def _hits(self, pattern: str, aliases: Sequence[str]) -> bool:
         try:
-            return any(self.matches(pattern, alias, self.seconds) for alias in self.aliases(name))
-        except TimeoutError:
+            return self.stopwatch.matches(self.matchers[pattern], aliases)
+        except (TooSlow, MemoryError):  # a recursive pattern has no end in memory, or none in time
             raise ValueError(
-                f"{self.field}: {pattern!r} takes too long to match {name!r}; simplify it."
+                f"{self.field}: {shown(pattern)} takes too long to match, alone or with the other patterns; simplify "
+                "it, or use fewer."
             ) from None
-        finally:
-            spent = time.perf_counter() - started
-            if spent > SLOW:
-                self.seconds = max(self.seconds - spent, SLOW)
 
 
-def matches_as_in_transformers(pattern: str, name: str, seconds: float) -> bool:
+def as_in_transformers(pattern: str, stopwatch: Stopwatch) -> Matcher:
     """A name from the start, a regular expression from the start (both up to a dot or the end), or a suffix."""
-    if name.endswith(pattern):
-        return True
-    bounded = rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
-    return regex.match(bounded, name, timeout=seconds) is not None
+    if LITERAL.fullmatch(pattern):
+        return lambda name: name.endswith(pattern) or _begins(name, pattern)
+    expression = stopwatch.expression(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
+    return lambda name: name.endswith(pattern) or expression(name)
 
 
-def matches_glob_or_regex(pattern: str, name: str, seconds: float) -> bool:
+def glob_or_expression(pattern: str, stopwatch: Stopwatch) -> Matcher:
     """A glob on the whole name, or after `re:` a regular expression from its start."""
     if pattern.startswith("re:"):
-        return regex.match(pattern.removeprefix("re:"), name, timeout=seconds) is not None
-    return fnmatch.fnmatchcase(name, pattern)
+        return stopwatch.expression(pattern.removeprefix("re:"))
+    if LITERAL.fullmatch(pattern):
+        return pattern.__eq__
+    return stopwatch.expression(fnmatch.translate(pattern))
+
+
+def _begins(name: str, pattern: str) -> bool:
+    """What the expression of a literal pattern does, without one: a dot is any character, as it is there."""
+    end = len(pattern)
+    return (
+        len(name) >= end
+        and (name[end : end + 1] in (".", "") or name[end - 1] == ".")
+        and all(p in (n, ".") for p, n in zip(pattern, name, strict=False))
+    )
 
 
 def _nearest(pattern: str, names: list[str], count: int = 3) -> list[str]:
     """Names that contain the pattern's text, else those that read most like it."""
     text = pattern.removeprefix("re:").strip("^$*.")
     containing = [name for name in names if text and text in name]
-    return containing[:count] or difflib.get_close_matches(pattern, names, n=count, cutoff=0.3)
+    if containing or len(pattern) > LONGEST_HINT:
+        return containing[:count]
+    return difflib.get_close_matches(pattern, names, n=count, cutoff=0.3)

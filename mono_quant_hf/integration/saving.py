@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.files import folder_written_aside
+from mono_quant_hf.json_files import read_index, read_json
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
 from .apply import change_modules, make_room
@@ -30,6 +32,8 @@ from .checkpoint import (
 )
 from .fingerprints import check_fingerprints, checksums_of_tensors
 from .selection import Decision
+
+logger = logging.getLogger("mono_quant_hf")
 
 CONFIG_FILE = "config.json"
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
@@ -119,19 +123,12 @@ def save_quantized(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there already; name a new folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        # A folder of its own inside: the scratch folder is readable by its owner only, what is kept shall not be.
-        new = Path(scratch) / "new"
-        new.mkdir()
+    with folder_written_aside(target) as new:
         save_torch_state_dict(tensors, new, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
         written = read_headers([str(file) for file in sorted(new.glob("*.safetensors"))])
         config.checksums = checksums_of_tensors((name, tensors[name]) for name in written)
         content = _own_config(model) | {"quantization_config": config.to_dict()}
         (new / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        new.rename(target)
 
 
 def load_quantized(
@@ -147,8 +144,8 @@ def load_quantized(
 
     Args:
         model: a diffusers class, made with the config in the folder; or a function without arguments that makes the
-            float model (called such that its parameters take no memory); or a float model, which is changed in place,
-            its weights given up.
+            float model (called such that its parameters take no memory, and where it needs them a second time, with
+            memory for the float model); or a float model, which is changed in place, its weights given up.
         folder: on this machine; `huggingface_hub.snapshot_download` brings one from the Hub.
         device: where the tensors go.
 
@@ -215,25 +212,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; name a folder that save_quantized wrote.")
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise ValueError(f"{file} is damaged ({problem}); download or save the model again.") from problem
-    quantization = content.get("quantization_config") if isinstance(content, dict) else None
+    content: dict[str, Any] = read_json(file)
+    quantization = content.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{file} is not of a model that mono_quant_hf quantized; load it as a float model.")
-    return dict(content)
+    return content
 
 
 def _weight_files(folder: Path) -> list[str]:
     """The safetensors files of a folder: those of the index, where there is one."""
     names = {file.name for file in folder.glob("*.safetensors")}
     for index in folder.glob("*.safetensors.index.json"):
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
-            raise ValueError(f"{index} is damaged; download or save the model again.") from problem
-    missing = sorted(name for name in names if not (folder / str(name)).is_file())
+        names = set(read_index(index).values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
     if missing or not names:
         raise FileNotFoundError(
             f"{folder / (missing or ['model.safetensors'])[0]} is missing; download or save again."
@@ -245,11 +236,10 @@ def _skeleton(model: Any, folder: Path) -> nn.Module:
     if isinstance(model, nn.Module):
         made = model
     elif callable(model):
-        with init_empty_weights(include_buffers=False):
-            if hasattr(model, "load_config") and hasattr(model, "from_config"):  # a class of diffusers
-                made = model.from_config(model.load_config(folder))
-            else:
-                made = model()
+        if hasattr(model, "load_config") and hasattr(model, "from_config"):  # a class of diffusers
+            made = _made(lambda: model.from_config(model.load_config(folder)))
+        else:
+            made = _made(model)
     else:
         made = None
     if not isinstance(made, nn.Module):
@@ -260,6 +250,35 @@ def _skeleton(model: Any, folder: Path) -> nn.Module:
     if isinstance(made, PreTrainedModel):
         raise TypeError(f"{type(made).__name__} is a transformers model; load it with from_pretrained.")
     return made
+
+
+def _made(make: Callable[[], Any]) -> Any:
+    """What a function makes, with parameters that take no memory, or real ones where it needs them.
+
+    timm's Swin, for one, makes a mask on the device of a parameter, and its SwinV2 computes with the parameters.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            made = make()
+        needed = next(_without_values(made), None) if isinstance(made, nn.Module) else None
+        if needed is None:
+            return made
+    except Exception as problem:  # if it is not for that reason, it is raised again below
+        needed = str(problem)
+    logger.info("The float model is made in memory, as its constructor needs its parameters (%s).", needed)
+    return make()
+
+
+def _without_values(model: nn.Module) -> Iterator[str]:
+    """Names of the tensors without memory that no checkpoint holds: non-persistent buffers and plain attributes."""
+    for prefix, module in model.named_modules():
+        kept = {key: b for key, b in module._buffers.items() if key in module._non_persistent_buffers_set}
+        for key, value in {**vars(module), **kept}.items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            held = value.values() if isinstance(value, dict) else value
+            if any(map(_is_meta, held if isinstance(value, (dict, list, tuple)) else [value])):
+                yield f"{prefix}.{key}".lstrip(".")
 
 
 def _decisions(model: nn.Module, config: MonoQuantConfig) -> list[Decision]:

@@ -15,7 +15,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from mono_quant_hf.config import OVERRIDE_FIELDS, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
-from .patterns import Aliases, PatternTracker, matches_as_in_transformers, matches_glob_or_regex
+from .patterns import Aliases, PatternTracker, Stopwatch, as_in_transformers, glob_or_expression
 from .tying import input_embeddings_and_heads, tied_modules
 
 logger = logging.getLogger("mono_quant_hf")
@@ -68,11 +68,12 @@ def decide(model: nn.Module, config: MonoQuantConfig) -> list[Decision]:
     """
     candidates = {name: module for name, module in model.named_modules() if _holds_weight(module)}
     aliases = aliases_of(model)
+    stopwatch = Stopwatch()
     skips = PatternTracker(
-        "modules_to_not_convert", config.modules_to_not_convert or [], matches_as_in_transformers, aliases
+        "modules_to_not_convert", config.modules_to_not_convert or [], as_in_transformers, aliases, stopwatch
     )
     overrides = PatternTracker(
-        "module_overrides", list(config.module_overrides or {}), matches_glob_or_regex, aliases
+        "module_overrides", list(config.module_overrides or {}), glob_or_expression, aliases, stopwatch
     )
     embeddings_and_heads = input_embeddings_and_heads(model)
     chosen = embeddings_and_heads if config.quantize_embeddings else set()

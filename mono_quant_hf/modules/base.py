@@ -271,7 +271,11 @@ class QuantizedModule(nn.Module):
         if self.quantization.weights == "float16":
             return getattr(self, f"{weight_name}_float16"), None, None
         codes, scale = getattr(self, f"{weight_name}_int8"), getattr(self, f"{weight_name}_scale")
-        return codes, scale, None if self.quantization.symmetric else getattr(self, f"{weight_name}_zero_point")
+        return (
+            codes,
+            scale,
+            None if self.quantization.symmetric else getattr(self, f"{weight_name}_zero_point"),
+        )
 
     def dequantized(self, weight_name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in `dtype`."""

@@ -208,6 +208,8 @@ def test_what_is_refused(tmp_path, capsys):
             quantize_checkpoint(source, new, config)
     with pytest.raises(HubError, match="there already"):
         quantize_checkpoint(tmp_path / "ct", tmp_path / "int8")
+    with pytest.raises(TypeError, match="resume_folder is for calibration"):
+        quantize_checkpoint(tmp_path / "ct", new, resume_folder=tmp_path / "kept")
     settings = json.loads((tmp_path / "ct" / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "ct" / "config.json").write_text(json.dumps(settings))

@@ -169,7 +169,7 @@ def test_files_and_index(copy):
     messages = " ".join(flaw.message for flaw in verify_checkpoint(folder).flaws)
     assert f"lacks {shards[1].name}" in messages and "model.safetensors belongs to no index" in messages
     (folder / "model.safetensors.index.json").write_text("{")
-    assert any("is no index" in flaw.message for flaw in verify_checkpoint(folder).flaws)
+    assert any("index.json is no valid JSON" in flaw.message for flaw in verify_checkpoint(folder).flaws)
 
 
 def test_stray_and_truncated(copy):
@@ -207,7 +207,7 @@ def test_the_config(copy):
     (flaw,) = verify_checkpoint(folder).flaws
     assert "has no quantization_config" in flaw.message
     (folder / "config.json").write_text("{")
-    assert "no JSON" in verify_checkpoint(folder).flaws[0].message
+    assert "is no valid JSON" in verify_checkpoint(folder).flaws[0].message
 
 
 def test_what_cannot_be_verified(folders, tmp_path):

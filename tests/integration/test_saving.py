@@ -66,6 +66,67 @@ def test_bit_for_bit(config, how, tmp_path):
     assert loaded.head.bias.requires_grad and not loaded.norm.running_mean.requires_grad
 
 
+class NeedsItsParameters(nn.Module):
+    """A constructor that reads a parameter's value or device, in ways that are found in timm and diffusers."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.full((8,), 3.0))
+        self.how = how
+        if how == "a mask on its device":  # Swin
+            self.register_buffer("mask", torch.arange(8, device=self.proj.weight.device), persistent=False)
+        elif how == "a value":  # SwinV2
+            self.bound = float(self.scale.clamp(max=2.0).max())
+            self.mask = torch.full((8,), self.bound)
+        elif how == "a copy":
+            self.register_buffer("mask", torch.zeros(8), persistent=False)
+            self.mask.copy_(self.scale.detach())
+        elif how == "an attribute":
+            self.mask = self.scale.detach() * 2
+        elif how == "a list":
+            self.masks = [torch.ones_like(self.scale, requires_grad=False)]
+        elif how == "numpy":
+            self.mask = torch.from_numpy(self.scale.detach().numpy().cumsum())
+
+    def forward(self, x):
+        mask = self.masks[0] if self.how == "a list" else self.mask
+        return self.proj(x) * self.scale + mask
+
+
+@pytest.mark.parametrize(
+    "how", ["a mask on its device", "a value", "a copy", "an attribute", "a list", "numpy"]
+)
+def test_what_needs_its_parameters_is_made_with_them(how, tmp_path, caplog):
+    saved = quantize_model(NeedsItsParameters(how)).eval()
+    save_quantized(saved, tmp_path / "model")
+    with caplog.at_level("INFO"):
+        loaded = load_quantized(lambda: NeedsItsParameters(how), tmp_path / "model")
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded(x), saved(x))
+    assert "The float model is made in memory" in caplog.text
+
+
+def test_what_does_not_need_them_is_made_without(folder, caplog):
+    devices = []
+
+    def make():
+        devices.append(nn.Linear(2, 2).weight.device.type)
+        return Own()
+
+    with caplog.at_level("INFO"):
+        load_quantized(make, folder)
+    assert devices == ["meta"] and "made in memory" not in caplog.text
+
+
+def test_a_constructor_that_fails_says_why(folder):
+    def make():
+        raise KeyError("depth")
+
+    with pytest.raises(KeyError, match="depth"):
+        load_quantized(make, folder)
+
+
 def three_layers():
     return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(8, 8, 1))
 
