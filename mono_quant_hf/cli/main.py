@@ -11,7 +11,7 @@ from mono_quant_hf import __version__
 
 from . import demo, evaluate, export, inspect, push, quantize, search, verify
 from .errors import explained
-from .output import progress_on_terminals_only, say
+from .output import escaped_logs, progress_on_terminals_only, say
 
 PROGRAM = "mono-quant-hf"
 TRACEBACK = "MONO_QUANT_HF_TRACEBACK"
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = parser().parse_args(argv)
-        with progress_on_terminals_only():
+        with progress_on_terminals_only(), escaped_logs():
             code: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:

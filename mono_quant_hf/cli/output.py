@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from mono_quant_hf.texts import printable
 
 STDOUT = Path("-")
+_STYLES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def add_json_argument(command: argparse.ArgumentParser) -> None:
@@ -43,6 +46,24 @@ def show(arguments: argparse.Namespace, text: str, result: dict[str, Any]) -> No
 def say(text: str, file: TextIO | None = None) -> None:
     """Print to standard output, or to `file`, what may hold a stranger's names."""
     print(printable(text), file=file, flush=True)
+
+
+@contextmanager
+def escaped_logs() -> Iterator[None]:
+    """What transformers logs of a stranger's files is printable too, without its bold letters."""
+
+    def escape(record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(_STYLES.sub("", record.getMessage())), ()
+        return True
+
+    handlers = list(logging.getLogger("transformers").handlers)
+    for handler in handlers:
+        handler.addFilter(escape)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(escape)
 
 
 @contextmanager

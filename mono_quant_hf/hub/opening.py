@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -133,7 +133,7 @@ def model_of(folder: Path, **options: Any) -> PreTrainedModel:
         HubError, ValueError: as `config_of` and `model_class_of` do, or a file of weights is damaged or does not fit;
             the message names it.
     """
-    model_class = model_class_of(folder, config_of(folder))
+    model_class: Any = model_class_of(folder, config_of(folder))
     settings = quantization_of(folder)
     if settings is not None and settings["quant_method"] == QUANT_METHOD:
         settings_of(folder, settings)
@@ -148,8 +148,7 @@ def model_of(folder: Path, **options: Any) -> PreTrainedModel:
             f"{folder} lacks {len(missing)} tensors that its config.json asks for, such as {missing[0]}; download or "
             "save the model again."
         )
-    loaded: PreTrainedModel = model
-    return loaded
+    return cast(PreTrainedModel, model)
 
 
 def processor_of(folder: Path, auto_class: Any) -> Any:

@@ -344,7 +344,7 @@ def test_sound_folders_are_fine(hostile, capsys):
         assert code == 2 * (command == "push"), answer  # there is no network
 
 
-VALUES = [
+VALUES: list[object] = [
     *(
         None,
         True,
