@@ -17,7 +17,7 @@ from mono_quant_hf.files import remove_leftovers
 
 from . import demo, evaluate, export, inspect, push, quantize, search, verify
 from .errors import explained
-from .output import progress_on_terminals_only, say
+from .output import escaped_logs, progress_on_terminals_only, say
 
 PROGRAM = "mono-quant-hf"
 TRACEBACK = "MONO_QUANT_HF_TRACEBACK"
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = parser().parse_args(argv)
-        with signals_raise(), progress_on_terminals_only():
+        with signals_raise(), progress_on_terminals_only(), escaped_logs():
             with contextlib.suppress(OSError):  # there may be no such folder, nor need of one
                 remove_leftovers(Path(tempfile.gettempdir()))
             code: int = arguments.run(arguments)

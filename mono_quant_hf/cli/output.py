@@ -3,7 +3,9 @@
 import argparse
 import importlib.util
 import json
+import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from mono_quant_hf.texts import printable
 from .errors import CommandError
 
 STDOUT = Path("-")
+_STYLES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 PACKAGE = "mono_quant_hf"
@@ -99,6 +102,24 @@ def check_png(file: Path | None) -> None:
 def say(text: str, file: TextIO | None = None) -> None:
     """Print to standard output, or to `file`, what may hold a stranger's names."""
     print(printable(text), file=file, flush=True)
+
+
+@contextmanager
+def escaped_logs() -> Iterator[None]:
+    """What transformers logs of a stranger's files is printable too, without its bold letters."""
+
+    def escape(record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(_STYLES.sub("", record.getMessage())), ()
+        return True
+
+    handlers = list(logging.getLogger("transformers").handlers)
+    for handler in handlers:
+        handler.addFilter(escape)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(escape)
 
 
 @contextmanager

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mono_quant_hf.files import file_written_aside
+from mono_quant_hf.texts import one_line
 
 if TYPE_CHECKING:
     from mono_quant_hf.evaluation.report import ModuleReport, QuantizationReport
     from mono_quant_hf.evaluation.search import SearchResult
+
+
+def escape(text: str) -> str:
+    """A name that may be a stranger's, as text of the page."""
+    return html.escape(one_line(text))
+
 
 OUTSIDE = "outside the layers"
 _COSTLIEST = 15

@@ -155,7 +155,11 @@ def _carried_over(data: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 def _names(value: Any) -> list[str]:
     """The names in a field of metadata that holds one or a list; none where one of them is no name."""
     names = value if isinstance(value, list) else [value]
-    return names if all(isinstance(name, str) and name.isprintable() for name in names) else []
+    return (
+        names
+        if all(isinstance(name, str) and name.isprintable() and "<" not in name for name in names)
+        else []
+    )
 
 
 def _words(facts: CheckpointFacts, folder: str | os.PathLike[str], base: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult
 
 from mono_quant_hf.evaluation.results import Result
 from mono_quant_hf.json_files import read_json
+from mono_quant_hf.texts import one_line, shown
 
 from .errors import HubError
 
@@ -89,9 +90,11 @@ class Evaluation:
             return [cls([given])]
         if isinstance(given, Mapping):
             results = given.get("results", [given])
-            results = list(results.values() if isinstance(results, Mapping) else results or ())
+            results = list(results.values()) if isinstance(results, Mapping) else results
+            if not isinstance(results, (list, tuple)) or not results:
+                raise HubError(f"The results of an evaluation must be a list, not {shown(results)}.")
             about = {"dataset": given.get("dataset") or given.get("data"), "command": given.get("command")}
-            return [cls(results, **{key: str(value) for key, value in about.items() if value})]
+            return [cls(list(results), **{key: str(value) for key, value in about.items() if value})]
         if isinstance(given, Iterable):
             return [one for item in given for one in cls.of(item)]
         raise HubError(
@@ -133,7 +136,9 @@ class Evaluation:
                     EvalResult(
                         task_type=task,
                         dataset_type="text" if "tokens" in value else "custom",
-                        dataset_name=self.dataset,
+                        dataset_name=re.sub(
+                            "[<>]", "", one_line(self.dataset)
+                        ),  # some readers take metadata for text
                         metric_type=metric.type,
                         metric_name=metric.name,
                         metric_value=number,
@@ -156,7 +161,7 @@ def _merged(values: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(number: Any) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < math.inf
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 1e300
 
 
 def _read(file: Path) -> Any:

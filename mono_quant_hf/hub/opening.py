@@ -133,7 +133,7 @@ def model_of(folder: Path, **options: Any) -> PreTrainedModel:
         HubError, ValueError: as `config_of` and `model_class_of` do, or a file of weights is damaged or does not fit;
             the message names it.
     """
-    model_class = model_class_of(folder, config_of(folder))
+    model_class: Any = model_class_of(folder, config_of(folder))
     settings = quantization_of(folder)
     if settings is not None and settings["quant_method"] == QUANT_METHOD:
         settings_of(folder, settings)

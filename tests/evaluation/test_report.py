@@ -151,6 +151,13 @@ def test_json_page_and_picture(tmp_path):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_page_shows_the_names_of_strangers(tmp_path):
+    model = torch.nn.ModuleDict({"<script>alert(1)</script>\u202e": torch.nn.Linear(8, 8)})
+    quantization_report(quantize_model(model)).to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<script>") == 1 and r"&lt;script&gt;alert(1)&lt;/script&gt;\u202e" in page
+
+
 def test_the_command(tmp_path, capsys):
     model = tiny_models.llama()
     model.save_pretrained(tmp_path / "float")

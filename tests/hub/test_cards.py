@@ -1,5 +1,6 @@
 """The cards of model_cards/, and what a card says of models that are not language models."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,86 @@ def test_every_auto_class_is_known_to_transformers():
     assert auto_class_of("LlamaForCausalLM") == "AutoModelForCausalLM"
     assert auto_class_of("WhisperForConditionalGeneration") == "AutoModelForSpeechSeq2Seq"
     assert auto_class_of("BertModel") == auto_class_of("NoSuchModel") == "AutoModel"
+
+
+EVIL = "a|b`c<script>alert(1)</script>\n---\n![x](http://evil.example/x.png)[y](javascript:z)\x1b[31m\u202e"
+ESCAPES = ["<script", "<img", "](http", "](javascript", "\x1b", "\u202e"]
+
+
+def active(card):
+    """What of a page a reader of Markdown does not show as it is: neither code nor escaped."""
+    text = re.sub(r"(?ms)^(`{3,})[^`\n]*\n.*?^\1$", "", card.text)
+    text = re.sub(r"(?s)(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)", "", text)
+    return re.sub(r"\\[!-/:-@\[-`{-~]", "", text)
+
+
+def test_names_of_strangers_are_only_shown(tmp_path, caplog):
+    config = MonoQuantConfig(
+        modules_to_not_convert=["q_proj|<img src=x>", "``k_proj`` \\\\|", "v_proj"],
+        module_overrides={f"*up_proj*{EVIL}*": {}, "re:.*down_proj$(?#<img src=x>|)": {"weights": "float16"}},
+    )
+    quantize_model(tiny_models.llama(), config).save_pretrained(tmp_path)
+    original = ModelCard(
+        '---\nlicense: mit\nlicense_name: "<b>\\e[31m"\nlanguage: [en, "x\\n---\\ny"]\ndatasets: {a: b}\n---\n# A\n'
+    )
+    existing = ModelCard('---\nbase_model:\n- me/float\n- "[a](http://b)"\n---\n# Mine\n')
+    evaluation = {"perplexity": 2.0, "tokens": "9`", "dataset": EVIL, "command": f"run\n```\n{EVIL}"}
+    plot = tmp_path / "<img src=x> ](http).png"
+    card = model_card(
+        tmp_path, "me/a_model", evaluation=evaluation, original=original, existing=existing, plots=[plot]
+    )
+    seen = active(card)
+    for escape in ESCAPES:
+        assert escape not in seen.replace("[me/float](/me/float)", ""), escape
+    assert all(character.isprintable() or character == "\n" for character in str(card))
+    assert "[me/float](/me/float), `[a](http://b)` with int8" in card.text
+    assert "<" not in str(card).removesuffix(card.text)
+    assert card.data.license == "mit" and card.data.get("license_name") is None
+    assert card.data.get("language") is None and card.data.get("datasets") is None
+    assert "license_name is no name" in caplog.text
+    rows = [line for line in card.text.splitlines() if line.startswith("| ")]
+    kept = [row for row in rows if "modules_to_not_convert" in row]
+    assert kept and all(len(re.split(r"(?<!\\)\|", row)) == 6 for row in kept), kept
+
+
+def test_metadata_of_strangers_stay_metadata(tmp_path):
+    quantize_model(tiny_models.llama()).save_pretrained(tmp_path)
+    card = model_card(
+        tmp_path, "me/model", license="mit\n---\n<script>", evaluation={"perplexity": 2, "dataset": "'\n---"}
+    )
+    again = ModelCard(str(card))
+    assert again.data.license == "mit\n---\n<script>" and "<script>" not in again.text
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [
+        '{"results": [1]}',
+        '{"results": 1}',
+        "[[1]]",
+        '"word"',
+        '{"perplexity": 1, "perplexity": 2}',
+        '{"results": null}',
+        '{"perplexity"',
+    ],
+)
+def test_an_evaluation_that_is_none(evaluation, tmp_path):
+    quantize_model(tiny_models.llama()).save_pretrained(tmp_path)
+    (tmp_path / "results.json").write_text(evaluation)
+    with pytest.raises(HubError, match="valuation"):
+        model_card(tmp_path, "me/model", evaluation=tmp_path / "results.json")
+
+
+def test_odd_numbers_of_an_evaluation(tmp_path):
+    quantize_model(tiny_models.llama()).save_pretrained(tmp_path)
+    numbers = {
+        "perplexity": "high",
+        "reference_perplexity": 0,
+        "kl_mean": 10**400,
+        "tokens": [],
+        "cosine_min": float("nan"),
+    }
+    assert "Measured on" in model_card(tmp_path, "me/model", evaluation=numbers).text
 
 
 def test_a_folder_without_a_model(tmp_path):
