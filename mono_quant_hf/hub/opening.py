@@ -144,9 +144,7 @@ def model_of(folder: Path, **options: Any) -> PreTrainedModel:
     with making(folder, "it cannot be loaded as its config.json says"):
         model: PreTrainedModel
         info: dict[str, Any]
-        model, info = model_class.from_pretrained(  # type: ignore[misc]
-            folder, output_loading_info=True, **options
-        )
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise HubError(
             f"{folder} lacks {len(missing)} tensors that its config.json asks for, such as {missing[0]}; download or "
