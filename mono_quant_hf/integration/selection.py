@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -55,6 +56,20 @@ class Decision:
     def left_in_float(self, reason: str) -> Decision:
         return replace(self, weights="float", symmetric=None, activations=None, reason=reason)
 
+    def set_to(
+        self, settings: dict[str, Any], quantized_class: type[QuantizedModule] | None, reason: str
+    ) -> Decision:
+        """As an override says, in a module of this quantized form."""
+        int8 = settings["weights"] == "int8"
+        rounds_inputs = int8 and quantized_class is not None and quantized_class.quantizes_activations
+        return replace(
+            self,
+            weights=settings["weights"],
+            symmetric=settings["symmetric"] if int8 else None,
+            activations=settings["activations"] if rounds_inputs else None,
+            reason=reason,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -92,20 +107,16 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
         skip, override = skips.first_match(name), overrides.first_match(name)
         if override is not None:
             settings |= (config.module_overrides or {})[override]
-        int8 = settings["weights"] == "int8"
+        quantized_class = quantized_class_for(module)
+        own = (p for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" not in tied)
         decision = Decision(
             module=name,
             kind=type(module).__name__,
-            weights=settings["weights"],
-            symmetric=settings["symmetric"] if int8 else None,
-            reason="" if override is None else f"module_overrides[{override!r}]",
-            parameters=sum(
-                p.numel() for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" not in tied
-            ),
-        )
-        quantized_class = quantized_class_for(module)
-        if int8 and quantized_class is not None and quantized_class.quantizes_activations:
-            decision = replace(decision, activations=settings["activations"])
+            weights="float",
+            symmetric=None,
+            reason="",
+            parameters=sum(p.numel() for p in own),
+        ).set_to(settings, quantized_class, "" if override is None else f"module_overrides[{override!r}]")
         if quantized_class is None:
             decision = decision.left_in_float(f"no quantized form of {type(module).__name__}")
         elif (refusal := quantized_class.refuses(module)) is not None:
@@ -133,6 +144,39 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
     skips.warn_of_unmatched(names)
     overrides.warn_of_unmatched(names)
     return _decide_together(tied_modules(model), _keep_dtype_of_model(model, decisions, dtype))
+
+
+def decide_recorded(
+    model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None = None
+) -> list[Decision]:
+    """As `decide`, by the config of a checkpoint: an override of a module's full name is no wish there but a fact."""
+    aliases, overrides = aliases_of(model), config.module_overrides or {}
+    facts = {
+        name: alias for name, _ in model.named_modules() for alias in aliases(name) if alias in overrides
+    }
+    wishes = {pattern: o for pattern, o in overrides.items() if pattern not in facts.values()}
+    config = copy.deepcopy(config)
+    config.module_overrides = wishes or None
+    decisions = []
+    for decision in decide(model, config, dtype):
+        if (fact := facts.get(decision.module)) is not None:
+            settings = {key: getattr(config, key) for key in OVERRIDE_FIELDS} | overrides[fact]
+            module = model.get_submodule(decision.module)
+            quantized_class = quantized_class_for(module)
+            if quantized_class is not None and quantized_class.refuses(module) is None:
+                decision = decision.set_to(settings, quantized_class, f"module_overrides[{fact!r}]")
+        decisions.append(decision)
+    return decisions
+
+
+def settings_of(config: MonoQuantConfig, name: str, model: nn.Module) -> dict[str, Any]:
+    """What a config says of a module, if it is quantized: `{"weights": ..., "symmetric": ..., "activations": ...}`."""
+    overrides = config.module_overrides or {}
+    tracker = PatternTracker("module_overrides", list(overrides), matches_glob_or_regex, aliases_of(model))
+    exact = next((alias for alias in tracker.aliases(name) if alias in overrides), None)
+    override = tracker.first_match(name) if exact is None else exact
+    settings = {key: getattr(config, key) for key in OVERRIDE_FIELDS}
+    return settings if override is None else settings | overrides[override]
 
 
 def aliases_of(model: nn.Module) -> Aliases:

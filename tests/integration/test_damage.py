@@ -1,6 +1,5 @@
 """A damaged checkpoint loads bit for bit, or is one clear error; never something else."""
 
-import base64
 import json
 import logging
 import os
@@ -8,12 +7,10 @@ import pickle
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import textwrap
 import time
-import zlib
 
 import pytest
 import torch
@@ -250,27 +247,6 @@ def test_a_scale_that_is_none_is_found_without_checksums_too(value, whole, tmp_p
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
-def test_checksums_of_the_first_checkpoints_are_still_compared(whole, tmp_path):
-    """They were CRC-32: of the name, and of the bytes after dtype and shape."""
-    shutil.copytree(whole, tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    entries = []
-    for name, tensor in load_file(file).items():
-        start = zlib.crc32(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        code = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().tobytes(), start)
-        entries.append(struct.pack(">II", zlib.crc32(name.encode()), code))
-    old = base64.b64encode(b"".join(sorted(entries))).decode()
-    edit_json(
-        file.with_name("config.json"), lambda content: content["quantization_config"].update(checksums=old)
-    )
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "config.json").read_bytes() == (whole / "config.json").read_bytes()
-    edit(file, lambda tensors: tensors["model.norm.weight"][0].add_(1))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight in .* is not what was saved"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-
-
 @pytest.fixture(params=["Mixtral", "GPT-NeoX", "LLaVA", "DETR"])
 def family(request, tmp_path):
     """Some of its tensors are split or renamed on their way to disk: (class, inputs, folder of floats)."""
@@ -301,7 +277,7 @@ def test_what_is_split_or_renamed_on_disk_has_a_checksum_too(offload, family, tm
     with pytest.raises(ValueError, match=rf"{re.escape(name)} in .* is not what was saved"):
         model_class.from_pretrained(tmp_path / "model")
     edit(file, lambda tensors: tensors.update({f"{name}x": tensors.pop(name)}))
-    with pytest.raises(ValueError, match="is missing from"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}(x in .* was not saved with this| is missing)"):
         model_class.from_pretrained(tmp_path / "model")
 
 
