@@ -191,26 +191,28 @@ def _has_other_rows(
     return len(rows) == 1 and all(found != expected for found, expected in rows)
 
 
-def check_stored_tensors(model: nn.Module, checkpoint: Checkpoint, *, complete: bool = False) -> None:
+def check_stored_tensors(
+    model: nn.Module, checkpoint: Checkpoint, *, complete: bool = False, exact: bool = False
+) -> None:
     """Compare the headers with a model that has room for the tensors.
 
     Raises:
         ValueError: the first of `flaws_of_stored_tensors`.
     """
-    for flaw in flaws_of_stored_tensors(model, checkpoint, complete=complete):
+    for flaw in flaws_of_stored_tensors(model, checkpoint, complete=complete, exact=exact):
         raise ValueError(flaw.message)
 
 
 def flaws_of_stored_tensors(
-    model: nn.Module, checkpoint: Checkpoint, *, complete: bool = False
+    model: nn.Module, checkpoint: Checkpoint, *, complete: bool = False, exact: bool = False
 ) -> Iterator[Flaw]:
     """What does not fit the quantized modules: missing and surplus tensors, dtypes, shapes, and what is no scale.
 
     Args:
         model: with room for the tensors, such as on the meta device.
         checkpoint: what is stored.
-        complete: compare the tensors that are not quantized too. Not where the model of another class was saved, since
-            heads may be new then; and not needed where there are checksums.
+        complete: whether no tensor may be missing. Not where a model of another class was saved: heads are new then.
+        exact: whether what is not quantized must look as it was saved, too. Not needed where there are checksums.
     """
     opened = opener()
     quantized: set[str] = set()
@@ -219,8 +221,11 @@ def flaws_of_stored_tensors(
             full = _joined(name, weight)
             quantized |= {full + suffix for suffix in ("", *COMPANIONS)}
             yield from _flaws_of_weight(module, weight, full, checkpoint, opened)
+    groups = groups_of_one_tensor(model)
     if complete:
-        yield from _flaws_of_the_rest(model, quantized, checkpoint, opened)
+        yield from _missing_tensors(model, groups, checkpoint)
+    if exact:
+        yield from _changed_tensors(model, quantized, groups, checkpoint, opened)
 
 
 def _flaws_of_weight(
@@ -280,27 +285,32 @@ def _missing(name: str, file: str) -> Flaw:
     )
 
 
-def _flaws_of_the_rest(
-    model: nn.Module, quantized: set[str], checkpoint: Checkpoint, opened: Callable[[str], Any]
+def _missing_tensors(
+    model: nn.Module, groups: Mapping[str, Sequence[str]], checkpoint: Checkpoint
 ) -> Iterator[Flaw]:
-    """A checkpoint without checksums is refused where a float tensor is missing, was cast, or is there twice."""
-    optional = [
-        re.compile(pattern)
-        for field in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save")
-        for pattern in getattr(model, field, None) or ()
-    ]
-    groups = groups_of_one_tensor(model)
-    kind = type(model).__name__
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    fields = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save")
+    optional = [re.compile(pattern) for field in fields for pattern in getattr(model, field, None) or ()]
+    for name, group in groups.items():
+        there = any(checkpoint.sources.get(other) for other in group)
+        if not there and not any(pattern.search(name) for pattern in optional):
+            kind = type(model).__name__
+            message = f"{name} of {kind} is missing from the checkpoint; save the quantized model again."
+            yield Flaw("", name, message)
+
+
+def _changed_tensors(
+    model: nn.Module,
+    quantized: set[str],
+    groups: Mapping[str, Sequence[str]],
+    checkpoint: Checkpoint,
+    opened: Callable[[str], Any],
+) -> Iterator[Flaw]:
+    """Float tensors that were cast, and those that are one in the model and differ in the files."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in groups}
     held = {key: found for name in tensors.keys() - quantized for key, found in checkpoint.of(name)}
     dtypes = Counter(found.dtype for found in held.values() if found.dtype in _FLOATS)
     usual = dtypes.most_common(1)[0][0] if dtypes else "F32"
     for name, tensor in tensors.items():
-        there = [key for other in groups[name] for key in checkpoint.sources.get(other, ())]
-        if not there and not any(pattern.search(name) for pattern in optional):
-            yield Flaw(
-                "", name, f"{name} of {kind} is missing from the checkpoint; save the quantized model again."
-            )
         for key, found in checkpoint.of(name) if name not in quantized else ():
             if key not in checkpoint.converted and found.shape != tuple(tensor.shape):
                 continue  # the loader refuses it, or with ignore_mismatched_sizes makes a new one
@@ -311,17 +321,20 @@ def _flaws_of_the_rest(
                     f"{key} in {found.file} is {found.dtype}, which is not what it was saved as; "
                     "save the quantized model again.",
                 )
-        if len(there) > 1 and name == groups[name][0] and not checkpoint.converted.intersection(there):
-            first, *others = (opened(checkpoint.stored[key].file).get_tensor(key) for key in there)
-            for key, other in zip(there[1:], others, strict=True):
-                if not torch.equal(first, other):
-                    file = checkpoint.stored[key].file
-                    yield Flaw(
-                        file,
-                        key,
-                        f"{key} in {file} differs from {there[0]}, which is the same tensor in {kind}; "
-                        "save the quantized model again.",
-                    )
+    for group in {id(group): group for group in groups.values()}.values():
+        keys = [key for name in group for key in checkpoint.sources.get(name, ())]
+        if len(keys) < 2 or checkpoint.converted.intersection(keys):
+            continue
+        first, *others = (opened(checkpoint.stored[key].file).get_tensor(key) for key in keys)
+        for key, other in zip(keys[1:], others, strict=True):
+            if not torch.equal(first, other):
+                file = checkpoint.stored[key].file
+                yield Flaw(
+                    file,
+                    key,
+                    f"{key} in {file} differs from {keys[0]}, which is the same tensor in {type(model).__name__}; "
+                    "save the quantized model again.",
+                )
 
 
 def _may_be_stored_as(dtype: str, tensor: Tensor, usual: str) -> bool:

@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     ConversionOps,
@@ -30,7 +31,7 @@ from mono_quant_hf.modules.base import keep_from_initialization
 
 from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
 from .conversions import PassThrough, QuantizeWeights, checkpoint_of, look_up_conversions
-from .fingerprints import check_fingerprints, checksums_of
+from .fingerprints import are_named, check_fingerprints, checksums_of
 from .placement import keep_tied_together
 from .read_ahead import ReadAhead
 from .replacement import giving, quantizing, replace_modules
@@ -145,8 +146,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self.planned = decide_recorded(model, config, dtype)
         self.decisions = decide_by_checkpoint(model, self.planned, config, checkpoint)
         promised = any(decision.quantized for decision in self.planned)
-        if files and promised and not any(decision.quantized for decision in self.decisions):
-            # A float model was saved with the config of a quantized one, which transformers does not tell us of.
+        holds_codes = any(decision.quantized for decision in self.decisions)
+        if files and promised and not holds_codes and not are_named(self.checksums, checkpoint.stored):
+            # The config of a quantized model, put beside the files of a float one.
             logger.warning(
                 "%s holds float weights only, though its config.json says %s: it is loaded as a float model. Save it "
                 "again to correct its config, or quantize it (quantize_model).",
@@ -156,10 +158,11 @@ class MonoQuantHfQuantizer(HfQuantizer):
             self.is_float = True
             return
         make_room(model, self.decisions)
-        saved_as_this = type(model).__name__ in (model.config.architectures or ())
-        has_checksums = self.checksums is not None
-        check_stored_tensors(model, checkpoint, complete=bool(files) and saved_as_this and not has_checksums)
-        if files and has_checksums:
+        if not files:
+            return
+        complete = type(model).__name__ in (model.config.architectures or ())
+        check_stored_tensors(model, checkpoint, complete=complete, exact=complete and self.checksums is None)
+        if self.checksums is not None:
             aliases = aliases_of(model)
             names = [alias for name in model.state_dict() for alias in aliases(name)]
             recorded = copy.deepcopy(config)
@@ -437,6 +440,18 @@ def _adopt(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 
 
 register_module_module_registration_hook(_adopt)
+
+
+def _refuse_to_average(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Hook of torch, as `_adopt`: an average of codes, cut to integers, is not that of the weights."""
+    if isinstance(parent, AveragedModel) and module is not None and _holds_quantized(module):
+        raise ValueError(
+            "AveragedModel would average int8 codes and their scales apart, which is no average of weights; average "
+            "the float model and quantize the result, or average only what is trained, such as an adapter."
+        )
+
+
+register_module_module_registration_hook(_refuse_to_average)
 
 _KNOWN: WeakSet[PreTrainedModel] = WeakSet()
 

@@ -236,7 +236,7 @@ def load_quantized(
         )
     skeleton = replace_modules(skeleton, _makers(skeleton, config))
     names = _names_of_tensors(skeleton, files)
-    check_stored_tensors(skeleton, Checkpoint.as_named(stored), complete=config.checksums is None)
+    check_stored_tensors(skeleton, Checkpoint.as_named(stored), exact=config.checksums is None)
     _check_names(skeleton, names, stored)
     if config.checksums is not None:
         check_fingerprints(files, config, names)

@@ -94,6 +94,8 @@ class QuantizedModule(nn.Module):
             weight = module._parameters.get(name)
             if weight is None:
                 return f"its {name} is computed, not a parameter"
+            if isinstance(weight, nn.UninitializedParameter):
+                return f"its {name} is not initialized; run the model once"
             if not weight.is_floating_point():
                 return f"its {name} is {str(weight.dtype).removeprefix('torch.')} already"
             if weight.numel() == 0:
@@ -111,7 +113,7 @@ class QuantizedModule(nn.Module):
         ]
         names = {"quantization", *(name for base in bases for name in vars(base))}
         names |= {companion for weight in cls.weight_axes for companion in cls.companions(weight)}
-        return {name for name in names if not hasattr(nn.Module, name)}
+        return {name for name in names if not hasattr(nn.Module, name)} - {"reset_parameters"}
 
     @classmethod
     def source_class(cls) -> type[nn.Module]:
@@ -296,6 +298,15 @@ class QuantizedModule(nn.Module):
                 f"input to the dtype of this module's weight, keep the module in float: "
                 f"MonoQuantConfig(modules_to_not_convert=[{name!r}])."
             )
+
+    def reset_parameters(self) -> None:
+        """As the float class, before it is quantized; codes cannot be drawn at random."""
+        if "quantization" in vars(self):
+            name = self.quantization.module_name or type(self).__name__
+            raise TypeError(
+                f"{name} is quantized and cannot be initialized; initialize the float model, quantize it then."
+            )
+        super().reset_parameters()  # type: ignore[misc]  # of the float class
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         storage = {id(self._parameters[name]) for name in self.storage_names()}
