@@ -147,7 +147,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self.decisions = decide_by_checkpoint(model, self.planned, config, checkpoint)
         promised = any(decision.quantized for decision in self.planned)
         holds_codes = any(decision.quantized for decision in self.decisions)
-        if files and promised and not holds_codes and not are_named(self.checksums, checkpoint.stored):
+        # A float16 checkpoint whose config was changed to say int8 has the names that it was saved with.
+        edited = config.weights == "int8" and are_named(self.checksums, checkpoint.stored)
+        if files and promised and not holds_codes and not edited:
             # The config of a quantized model, put beside the files of a float one.
             logger.warning(
                 "%s holds float weights only, though its config.json says %s: it is loaded as a float model. Save it "

@@ -58,7 +58,7 @@ def config_of_modules(model: nn.Module) -> MonoQuantConfig:
     for name, kind in kinds.items():
         if kind["weights"] == "float":
             overrides[_pattern_apart_from(quantized, name)] = kind
-        elif kind != {key: usual[key] for key in kind}:
+        elif kind != {key: usual.get(key) for key in kind}:
             overrides[name] = kind
     tables = any(isinstance(model.get_submodule(name), nn.Embedding) for name in quantized)
     return MonoQuantConfig(**usual, module_overrides=overrides or None, quantize_embeddings=tables)

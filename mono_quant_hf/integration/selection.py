@@ -254,6 +254,10 @@ def _readable(size: int) -> str:
     return f"{size} bytes"
 
 
+def _is_within(name: str, part: str) -> bool:
+    return not part or name == part or name.startswith(f"{part}.")
+
+
 def _holds_weight(module: nn.Module) -> bool:
     return any(p is not None and p.dim() > 1 for p in module._parameters.values())
 
@@ -269,16 +273,16 @@ def _default_skips(
     for name in candidates:
         if kept and not should_convert_module(name, kept):
             reasons[name] = "the model keeps it in float32"
-    if isinstance(model, PreTrainedModel):
-        heads = get_keys_to_not_convert(model)
-        for name in candidates:
-            if name not in chosen and any(name == key or name.startswith(f"{key}.") for key in heads):
-                reasons[name] = "output head or tied weight"
-    users: dict[int, list[str]] = {}
-    for name, module in candidates.items():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name)
-    for names in users.values():
+    outermost: list[str] = []
+    for prefix, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and not any(_is_within(prefix, other) for other in outermost):
+            outermost.append(prefix)
+            heads = [".".join(filter(None, (prefix, key))) for key in get_keys_to_not_convert(part)]
+            for name in candidates:
+                if name not in chosen and any(_is_within(name, head) for head in heads):
+                    reasons[name] = "output head or tied weight"
+    for group in tied_modules(model):
+        names = [name for name in group if name in candidates]
         for name in names if len(names) > 1 and not chosen.issuperset(names) else ():
             reasons.setdefault(
                 name, f"it shares its weight with {next(other for other in names if other != name)}"
