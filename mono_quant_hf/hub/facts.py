@@ -16,9 +16,9 @@ from mono_quant_hf.integration.checkpoint import (
     decide_by_checkpoint,
     read_headers,
     stems_of_codes,
-    stored_in_model,
 )
-from mono_quant_hf.integration.selection import Decision, decide
+from mono_quant_hf.integration.conversions import checkpoint_of
+from mono_quant_hf.integration.selection import Decision, decide_recorded
 
 from .errors import HubError
 from .folders import weight_files
@@ -119,7 +119,8 @@ def read_facts(folder: str | os.PathLike[str]) -> CheckpointFacts:
     stored = read_headers([str(file) for file in files])
     config = settings_of(folder, settings)
     skeleton = skeleton_of(folder)
-    decisions = decide_by_checkpoint(skeleton, decide(skeleton, config), stored_in_model(skeleton, stored))
+    planned = decide_recorded(skeleton, config)
+    decisions = decide_by_checkpoint(skeleton, planned, config, checkpoint_of(skeleton, stored))
     companions = {f"{stem}_{suffix}" for stem in stems_of_codes(stored) for suffix in ("scale", "zero_point")}
     return CheckpointFacts(
         architecture=type(skeleton).__name__,

@@ -29,11 +29,11 @@ from mono_quant_hf.integration.checkpoint import (
     opener,
     read_headers,
     stems_of_codes,
-    stored_in_model,
 )
+from mono_quant_hf.integration.conversions import checkpoint_of
 from mono_quant_hf.integration.expected import expected_tensors
 from mono_quant_hf.integration.fingerprints import flaws_by_fingerprint
-from mono_quant_hf.integration.selection import aliases_of, decide
+from mono_quant_hf.integration.selection import aliases_of, decide_recorded
 from mono_quant_hf.json_files import read_index
 from mono_quant_hf.modules.base import DTYPE_NAME
 from mono_quant_hf.texts import one_line
@@ -275,19 +275,16 @@ class _Verifying:
     # Tensors
 
     def _tensors(self, model: PreTrainedModel, config: MonoQuantConfig, config_file: Path) -> None:
-        planned = decide(model, config)
-        stored = stored_in_model(model, self.stored)
-        decisions = decide_by_checkpoint(model, planned, stored)
-        for before, after in zip(planned, decisions, strict=True):
-            key = next(
-                (k for k in stored if k.startswith(f"{after.module}.") and k.endswith("_zero_point")), None
+        checkpoint = checkpoint_of(model, self.stored)
+        planned = decide_recorded(model, config)
+        try:
+            decisions = decide_by_checkpoint(model, planned, config, checkpoint)
+        except ValueError as problem:
+            name = next(
+                (n for n, t in self.stored.items() if str(problem).startswith(f"{n} in {t.file} ")), ""
             )
-            if key and before.symmetric and after.weights == "int8" and after.symmetric is False:
-                self.says(
-                    stored[key].file,
-                    key,
-                    f"{key} is in {stored[key].file}, but {config_file} says symmetric; save the quantized model again.",
-                )
+            self.says(self.stored[name].file if name else config_file, name, str(problem))
+            return
         other = [a.module for b, a in zip(planned, decisions, strict=True) if b.weights != a.weights]
         if other:
             self.notes.append(
@@ -295,7 +292,7 @@ class _Verifying:
                 "as they are stored."
             )
         expected = expected_tensors(model, decisions)
-        for flaw in flaws_of_stored_tensors(model, stored):
+        for flaw in flaws_of_stored_tensors(model, checkpoint):
             self.add(flaw)
         self._compare_names(model, expected, config_file)
 
@@ -351,7 +348,7 @@ class _Verifying:
                 self.compared = (self.compared or 0) + 1
                 bar.update()
 
-            for flaw in flaws_by_fingerprint(whole, config.checksums, self.stored, count):
+            for flaw in flaws_by_fingerprint(whole, config, self.stored, count):
                 if flaw.tensor in self.stored or len(whole) == len(files):
                     self.add(flaw)
 

@@ -61,8 +61,8 @@ class OnQuantized:
             if not isinstance(base, QuantizedModule) or not str(problem).startswith("Expected no change"):
                 raise
             raise ValueError(
-                f"{_name_of(base)} is quantized, and this initialization of the adapter (pissa, olora, corda, loftq and "
-                "the like) would change its weight; use init_lora_weights=True, or dequantize() the model first."
+                f"{_name_of(base)} is quantized, and this initialization of the adapter (pissa, olora, corda, loftq, "
+                "…) would change its weight; use init_lora_weights=True, or dequantize() the model first."
             ) from problem
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

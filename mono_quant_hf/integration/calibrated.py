@@ -39,7 +39,7 @@ def calibrated_codes(
     resume_folder: str | os.PathLike[str] | None,
     progress: bool,
 ) -> dict[str, QuantizedModule]:
-    """Quantized twins of those modules whose codes calibration has a say in; weights that are shared are not among them.
+    """Quantized twins of those modules whose codes calibration has a say in, which weights that are shared are not.
 
     Args:
         model: float; on return, and whatever happens, it is as it was before.

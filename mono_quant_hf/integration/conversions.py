@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
+from transformers.core_model_loading import (
+    ConversionOps,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from mono_quant_hf.modules.base import DTYPE_NAME, stored_names
+
+from .checkpoint import Checkpoint, StoredTensor
 
 if TYPE_CHECKING:
     from .quantizer import MonoQuantHfQuantizer
@@ -47,6 +57,41 @@ class QuantizeWeights(ConversionOps):
         raise NotImplementedError(
             "Expected codes to be saved as they are, got a request to reverse their making."
         )
+
+
+def checkpoint_of(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Checkpoint:
+    """What the tensors of a checkpoint become in a model, by the renamings and conversions of the model's own.
+
+    Args:
+        model: float or quantized, such as on the meta device.
+        stored: by name on disk.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    own = dict(model.state_dict())
+    for name in list(own):
+        quantized = (
+            *stored_names(name, "int8", symmetric=False),
+            *stored_names(name, "float16", symmetric=True),
+        )
+        own |= dict.fromkeys(quantized, own[name])
+        own[f"{name.rpartition('.')[0]}.{DTYPE_NAME}".lstrip(".")] = own[name]
+    sources: dict[str, list[str]] = {}
+    converted = set()
+    for name in stored:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        targets = [renamed]
+        if renamed not in own and name in own:
+            targets = [name]
+        elif pattern is not None:
+            first, *others = by_pattern[pattern].target_patterns
+            targets += [renamed.replace(first, other) for other in others]
+            converted.add(name)
+        for target in targets:
+            sources.setdefault(target, []).append(name)
+    return Checkpoint(stored, sources, frozenset(converted))
 
 
 def keep_conversions(model: PreTrainedModel) -> None:

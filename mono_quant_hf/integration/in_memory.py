@@ -17,12 +17,9 @@ from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
 from .apply import change_modules, quantize
 from .calibrated import calibrated_codes
-from .conversions import keep_conversions
-from .quantizer import MonoQuantHfQuantizer
-from .resizing import make_resizable
+from .quantizer import attach, attach_to_owners, attach_to_parts
 from .saving import config_of_modules
 from .selection import Decision, decide, log_summary
-from .tags import add_tags
 
 
 def quantize_model(
@@ -112,14 +109,16 @@ def quantize_model(
         with torch.no_grad():
             change_modules(model, decisions, change)
     if isinstance(model, PreTrainedModel):
-        make_resizable(model)
-        _attach_quantizer(model, config, decisions)
+        attach(model, config, decisions)
     elif callable(register := getattr(model, "register_to_config", None)) and any(
         d.quantized for d in decisions
     ):
         # diffusers has no registry for quantizers of others: saved by itself, with this in its config, it refuses to
         # load the model, which load_quantized does, and does not read codes as weights.
         register(quantization_config=config_of_modules(model).to_dict())
+    if any(d.quantized for d in decisions):
+        attach_to_owners(model)
+        attach_to_parts(model)
     log_summary(model, decisions)
     return model
 
@@ -151,19 +150,3 @@ def _check_weights(name: str, module: nn.Module, decision: Decision) -> None:
         except ValueError as problem:
             full_name = f"{name}.{weight_name}" if name else weight_name
             raise ValueError(f"{full_name} cannot be quantized. {problem}") from None
-
-
-def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions: list[Decision]) -> None:
-    """Make the model one that transformers knows to be quantized, as `from_pretrained` does."""
-    quantizer = MonoQuantHfQuantizer(config, pre_quantized=False)
-    quantizer.decisions = decisions
-    # setattr, as transformers does: these are no declared attributes of the model.
-    for name, value in (
-        ("hf_quantizer", quantizer),
-        ("is_quantized", True),
-        ("quantization_method", config.quant_method),
-    ):
-        setattr(model, name, value)
-    model.config.quantization_config = quantizer.quantization_config
-    add_tags(model, config)
-    keep_conversions(model)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, build_glob_alternation, dot_natural_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -28,14 +33,21 @@ from .checkpoint import (
     decide_by_checkpoint,
     modules_saying_dtype,
     read_headers,
-    stored_in_model,
 )
-from .conversions import QuantizeWeights, keep_conversions
-from .fingerprints import check_fingerprints, checksums_of
+from .conversions import QuantizeWeights, checkpoint_of, keep_conversions
+from .fingerprints import are_named, check_fingerprints, checksums_of
 from .placement import keep_tied_together
 from .read_ahead import ReadAhead
 from .resizing import make_resizable, undo_resizable
-from .selection import Decision, aliases_of, decide, log_summary, modules_that_say_dtype
+from .saving import config_as_saved, config_of_modules
+from .selection import (
+    Decision,
+    aliases_of,
+    decide,
+    decide_recorded,
+    log_summary,
+    modules_that_say_dtype,
+)
 from .tags import add_tags, remove_tags
 from .tying import declare_tied_storage, share_offloaded, share_storage, tied_modules, withdraw_tied_storage
 
@@ -69,9 +81,14 @@ class MonoQuantHfQuantizer(HfQuantizer):
     quantization_config: MonoQuantConfig
 
     def __init__(self, quantization_config: MonoQuantConfig, **kwargs: Any):
-        # A copy, since saving writes checksums into it and one config may serve several models.
+        # A copy without checksums: those are of one save, and this config may serve other models and saves.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.checksums = self.quantization_config.checksums
+        self.quantization_config.checksums = None
         self.decisions: list[Decision] = []
+        self.planned: list[Decision] = []
+        self.is_float = False
+        self.is_complete = False
         self.problems: list[str] = []
         self.read_ahead: ReadAhead | None = None
         self._awaited: dict[str, Decision] = {}  # by the names of the float weights to come
@@ -103,27 +120,46 @@ class MonoQuantHfQuantizer(HfQuantizer):
             keep_tied_together(model, device_map)
         plan = model._get_dtype_plan(dtype) if dtype is not None else {}
         self._kept_in_float32 = build_glob_alternation(list(plan))[0] if plan else None
-        self.decisions = decide(model, self.quantization_config)
         if self.pre_quantized:
-            self._make_room(model, checkpoint_files or [])
+            self._prepare_for_codes(model, checkpoint_files or [])
         else:
+            self.decisions = self.planned = decide(model, self.quantization_config)
             self._await_weights(model, checkpoint_files or [])
 
-    def _make_room(self, model: PreTrainedModel, checkpoint_files: Sequence[str]) -> None:
-        files = read_headers(checkpoint_files)
-        stored = stored_in_model(model, files)
-        self.decisions = decide_by_checkpoint(model, self.decisions, stored)
+    def _prepare_for_codes(self, model: PreTrainedModel, files: Sequence[str]) -> None:
+        """Make room for what a checkpoint holds, once it is known to be what was saved."""
+        config = self.quantization_config
+        checkpoint = checkpoint_of(model, read_headers(files))
+        self.planned = decide_recorded(model, config)
+        self.decisions = decide_by_checkpoint(model, self.planned, config, checkpoint)
+        promised = any(decision.quantized for decision in self.planned)
+        holds_codes = any(decision.quantized for decision in self.decisions)
+        if files and promised and not holds_codes and not are_named(self.checksums, checkpoint.stored):
+            # The config of a quantized model, put beside the files of a float one.
+            logger.warning(
+                "%s holds float weights only, though its config.json says %s: it is loaded as a float model. Save it "
+                "again to correct its config, or quantize it (quantize_model).",
+                Path(files[0]).parent,
+                config.weights,
+            )
+            self.is_float = True
+            return
         change_modules(
             model,
             self.decisions,
             lambda module, decision: make_room(module, decision, self._shown_dtype(decision.module)),
-            modules_saying_dtype(stored),
+            modules_saying_dtype(checkpoint),
         )
-        check_stored_tensors(model, stored)
-        if files and self.quantization_config.checksums is not None:
+        if not files:
+            return
+        complete = type(model).__name__ in (model.config.architectures or ())
+        check_stored_tensors(model, checkpoint, complete=complete, exact=complete and self.checksums is None)
+        if self.checksums is not None:
             aliases = aliases_of(model)
             names = [alias for name in model.state_dict() for alias in aliases(name)]
-            check_fingerprints(checkpoint_files, self.quantization_config.checksums, names)
+            recorded = copy.deepcopy(config)
+            recorded.checksums = self.checksums
+            check_fingerprints(files, recorded, names)
 
     def _await_weights(self, model: PreTrainedModel, checkpoint_files: Sequence[str]) -> None:
         """Have the modules decided on quantized as their weights arrive; those without any stay float."""
@@ -247,23 +283,59 @@ class MonoQuantHfQuantizer(HfQuantizer):
             self.read_ahead = None  # a model with a thread could not be copied
             model._keep_in_fp32_modules_strict = self._keep_in_fp32_strict
         self._awaited = {}
+        if self.is_float:
+            self._forget(model)
+            return model
         if self.problems:
             raise ValueError(" ".join(self.problems))
         keep_conversions(model)
+        self._initialize_as_float(model)
         _check_loaded(model)
+        _freeze(model)
+        if not self.pre_quantized:
+            share_offloaded(model)
+        make_resizable(model)
+        self.is_complete = True
+        add_tags(model, self.quantization_config)
+        attach_to_parts(model)
+        log_summary(model, self.decisions)
+        return model
+
+    def _initialize_as_float(self, model: PreTrainedModel) -> None:
+        """What got nothing from the checkpoint is float, as a head that is to be trained; transformers initialized it,
+        but for heads with other labels than those that the checkpoint holds codes for.
+        """
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedModule) and not any(
+                parameter.is_meta or getattr(parameter, "_is_hf_initialized", False) is True
+                for parameter in (module.get_parameter(key) for key in module.storage_names())
+            ):
+                module.dequantize()
+                vars(module).pop("_is_hf_initialized", None)
+                with torch.no_grad():
+                    _owner(model, name)._init_weights(module)
         self.decisions = [
             decision.left_in_float(NOT_THERE)
             if decision.quantized and not isinstance(model.get_submodule(decision.module), QuantizedModule)
             else decision
             for decision in self.decisions
         ]
-        _freeze(model)
-        if not self.pre_quantized:
-            share_offloaded(model)
+
+    def _forget(self, model: PreTrainedModel) -> None:
+        """Make a model that holds nothing quantized one that transformers knows to be float."""
+        self.remove_quantization_config(model)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                vars(part.config).pop("_is_quantized", None)
+
+    def complete(self, model: PreTrainedModel) -> None:
+        """What a model that holds quantized modules needs to be saved, tied and resized as one, once it is made."""
+        if self.is_complete:
+            return
+        self.is_complete = True
+        keep_conversions(model)
+        declare_tied_storage(model)
         make_resizable(model)
-        add_tags(model, self.quantization_config)
-        log_summary(model, self.decisions)
-        return model
 
     # The rest of the contract
 
@@ -273,7 +345,24 @@ class MonoQuantHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # the adapter is saved, not the model
-        self.quantization_config.checksums = checksums_of(model)
+        before = getattr(model.config, "quantization_config", None)
+        config = config_as_saved(model, self.quantization_config, self.planned)
+        if config is not None:
+            self.complete(model)
+            config.checksums = checksums_of(model, config)
+            model.config.quantization_config = config
+        elif before is not None:
+            del model.config.quantization_config
+
+        def after_writing(*_: Any) -> None:
+            hook.remove()
+            if config is not None:
+                config.checksums = None  # which are of this save alone, and other models may share the config
+            elif before is not None:
+                model.config.quantization_config = before
+
+        # transformers writes the config next, and then asks for the state dict.
+        hook = model.register_state_dict_pre_hook(after_writing)
         return None, {}
 
     @property
@@ -302,7 +391,117 @@ class MonoQuantHfQuantizer(HfQuantizer):
         withdraw_tied_storage(model)
         undo_resizable(model)
         remove_tags(model, self.quantization_config)
+        for part in model.modules():
+            if part is not model and isinstance(getattr(part, "hf_quantizer", None), MonoQuantHfQuantizer):
+                self.remove_quantization_config(part)
         return model
+
+
+def attach(model: PreTrainedModel, config: MonoQuantConfig, planned: Sequence[Decision] = ()) -> None:
+    """Make a model that holds quantized modules one that transformers knows to be quantized, and saves as such.
+
+    Args:
+        model: as it is now; perhaps its class is still making it.
+        config, planned: what it was quantized by, and what was decided; without the latter, it is saved as it is found.
+    """
+    quantizer = MonoQuantHfQuantizer(config, pre_quantized=False)
+    quantizer.decisions = quantizer.planned = list(planned)
+    # setattr, as transformers does: these are no declared attributes of the model.
+    for name, value in (
+        ("hf_quantizer", quantizer),
+        ("is_quantized", True),
+        ("quantization_method", config.quant_method),
+    ):
+        setattr(model, name, value)
+    model.config.quantization_config = quantizer.quantization_config
+    add_tags(model, config)
+    if hasattr(model, "all_tied_weights_keys"):
+        quantizer.complete(model)
+
+
+def attach_to_parts(model: nn.Module) -> None:
+    """`attach` to the transformers models inside a model that hold something quantized: they may be saved alone."""
+    for part in model.modules():
+        if part is not model and isinstance(part, PreTrainedModel) and _holds_quantized(part):
+            _attach_once(part, part)
+
+
+def attach_to_owners(part: nn.Module) -> None:
+    """`attach` to the transformers models that a quantized module is a part of; warn where it may be of one unknown."""
+    owners = _models_around(part)
+    for model in owners:
+        _attach_once(model, model)
+    alone = isinstance(part, PreTrainedModel) or not any(map(_is_of_transformers, part.modules()))
+    if not owners and not alone:
+        logger.warning(
+            "%s is quantized, but the transformers model that it is a part of was not found: its save_pretrained would "
+            "not record this, and the checkpoint could not be loaded. Quantize the whole model instead, with "
+            "modules_to_not_convert.",
+            type(part).__name__,
+        )
+
+
+def _adopt(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Hook of torch on every registration of a submodule: a model that is given a quantized part is a quantized one.
+
+    Such as a composite of a language model and an int8 vision tower, a class of one's own around an int8 model, or a
+    model one of whose layers is replaced by a quantized one.
+    """
+    if isinstance(parent, PreTrainedModel):
+        if module is not None and _holds_quantized(module):
+            _attach_once(parent, module)
+        elif "hf_quantizer" not in vars(parent) and _is_ours(getattr(parent, "config", None)):
+            # Made with the config of a quantized model. Where the weights stay float, that is what is to be saved.
+            setattr(parent, "hf_quantizer", MonoQuantHfQuantizer(MonoQuantConfig(), pre_quantized=False))  # noqa: B010
+    elif isinstance(module, QuantizedModule) and _is_of_transformers(parent):
+        for model in _models_around(parent):
+            _attach_once(model, module)
+
+
+register_module_module_registration_hook(_adopt)
+
+
+def _refuse_to_average(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Hook of torch, as `_adopt`: an average of codes, cut to integers, is not that of the weights."""
+    if isinstance(parent, AveragedModel) and module is not None and _holds_quantized(module):
+        raise ValueError(
+            "AveragedModel would average int8 codes and their scales apart, which is no average of weights; average "
+            "the float model and quantize the result, or average only what is trained, such as an adapter."
+        )
+
+
+register_module_module_registration_hook(_refuse_to_average)
+
+_KNOWN: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def _models_around(part: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models that hold a module: it does not know them, but Python's garbage collector knows all."""
+    for look_at in (lambda: [*_KNOWN], gc.get_objects):
+        models = [found for found in look_at() if issubclass(type(found), PreTrainedModel)]
+        models = [m for m in models if m is not part and any(module is part for module in m.modules())]
+        _KNOWN.update(models)
+        if models:
+            return models
+    return []
+
+
+def _attach_once(model: PreTrainedModel, quantized: nn.Module) -> None:
+    if not getattr(model, "is_quantized", False):
+        attach(model, config_of_modules(quantized))
+
+
+def _is_ours(config: Any) -> bool:
+    settings = getattr(config, "quantization_config", None)
+    return isinstance(settings, dict | MonoQuantConfig) and settings.get("quant_method") == QUANT_METHOD
+
+
+def _holds_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedModule) for module in model.modules())
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in ("transformers", "transformers_modules")
 
 
 def _patterns_of(model: nn.Module, weights: Collection[str]) -> set[str]:
@@ -322,6 +521,17 @@ def _patterns_of(model: nn.Module, weights: Collection[str]) -> set[str]:
         else:
             patterns |= {f"^{re.escape(name)}$" for name in names if name in quantized}
     return patterns
+
+
+def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost (sub)model that a module belongs to, which knows how to initialize it."""
+    owner = model
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        part = model.get_submodule(".".join(parts[:end]))
+        if isinstance(part, PreTrainedModel):
+            owner = part
+    return owner
 
 
 def _check_loaded(model: nn.Module) -> None:

@@ -24,7 +24,8 @@ from .tying import (
 def make_resizable(model: PreTrainedModel) -> None:
     """Let a model with quantized embeddings resize them.
 
-    transformers would copy rows into the table that it makes, and has no hook to do it otherwise; so the method of this one model is replaced.
+    transformers would copy rows into the table that it makes, and has no hook to do it otherwise; so the method of this
+    one model is replaced.
     """
     if quantized_tables(model):
         vars(model)["resize_token_embeddings"] = functools.partial(resize_token_embeddings, model)

@@ -46,9 +46,9 @@ def tied_modules(model: nn.Module) -> list[list[str]]:
                 groups.setdefault(id(parameter), []).append(name)
     by_source: dict[str, list[str]] = {}
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        pair = [key.rpartition(".")[0] for key in (source, target)]
-        if all(key.endswith((".weight", ".weight_int8", ".weight_float16")) for key in (source, target)):
-            by_source.setdefault(source, []).extend(pair)
+        owner, _, name = source.rpartition(".")
+        if getattr(model.get_submodule(owner), name).dim() > 1:
+            by_source.setdefault(source, []).extend(key.rpartition(".")[0] for key in (source, target))
     merged: list[list[str]] = []
     for group in [*by_source.values(), *groups.values()]:
         names = list(dict.fromkeys(group))

@@ -116,7 +116,7 @@ class QuantizedModule(nn.Module):
             if weight is None:
                 return f"its {name} is computed, not a parameter"
             if isinstance(weight, nn.UninitializedParameter):
-                return f"its {name} has no shape before the first forward"
+                return f"its {name} is not initialized; run the model once"
             if not weight.is_floating_point():
                 return f"its {name} is {str(weight.dtype).removeprefix('torch.')} already"
             if weight.numel() == 0:
@@ -130,7 +130,7 @@ class QuantizedModule(nn.Module):
         names = {DTYPE_NAME, "quantization", *vars(QuantizedModule)}
         for weight in cls.weight_axes:
             names |= {*stored_names(weight, "int8", symmetric=False), *stored_names(weight, "float16", True)}
-        return {name for name in names if not hasattr(nn.Module, name)}
+        return {name for name in names if not hasattr(nn.Module, name)} - {"reset_parameters"}
 
     @classmethod
     def make_room(
@@ -330,6 +330,15 @@ class QuantizedModule(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def reset_parameters(self) -> None:
+        """As the float class, before it is quantized; codes cannot be drawn at random."""
+        if "quantization" in vars(self):
+            name = self.quantization.module_name or type(self).__name__
+            raise TypeError(
+                f"{name} is quantized and cannot be initialized; initialize the float model, quantize it then."
+            )
+        super().reset_parameters()  # type: ignore[misc]  # of the float class
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         storage = {id(self._parameters[name]) for name in self.storage_names()}
 
@@ -356,7 +365,7 @@ class QuantizedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # copy_ would cast float weights into the codes without a word. load_state_dict raises these messages.
-        expected = {name: None for name in self.weight_axes}
+        expected: dict[str, torch.dtype | None] = dict.fromkeys(self.weight_axes)
         expected |= {name: self.storage_dtype(name) for name in self.storage_names()}
         messages = [
             f"Expected {prefix}{name} to be {dtype or 'absent'} in the state dict of a quantized module, got "

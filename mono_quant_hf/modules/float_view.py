@@ -88,7 +88,7 @@ first, or work on a copy (weight.clone()).
         """The dequantized weight, an ordinary tensor."""
         return kernels.expand(self.stored, self.scale, self.zero_point, self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FloatView({self.expanded()!r})"
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -120,11 +120,13 @@ first, or work on a copy (weight.clone()).
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             _refuse_change(func, args, kwargs)
-        handler = _HANDLERS.get(func) or _HANDLERS_BY_NAME.get(func._schema.name)
+        handler: Any = _HANDLERS.get(func) or _HANDLERS_BY_NAME.get(func._schema.name)
         if handler is None and func.is_view and func not in _VIEWS_OF_BYTES:
             handler = _view
         if handler is not None:
@@ -169,11 +171,12 @@ _OF_VALUES = frozenset(
         Tensor.__format__,
     )
 )
+_ATTRIBUTES: Any = Tensor
 _SETTERS = {
     Tensor.requires_grad_: "requires_grad_()",
-    Tensor.requires_grad.__set__: "requires_grad = True",  # type: ignore[attr-defined]
-    Tensor.grad.__set__: "a gradient",  # type: ignore[attr-defined]
-    Tensor.data.__set__: "other data",  # type: ignore[attr-defined]
+    _ATTRIBUTES.requires_grad.__set__: "requires_grad = True",
+    _ATTRIBUTES.grad.__set__: "a gradient",
+    _ATTRIBUTES.data.__set__: "other data",
     Tensor.share_memory_: "share_memory_()",
     Tensor.set_: "set_()",
     Tensor.apply_: "apply_()",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mono_quant_hf import MonoQuantConfig, load_quantized, quantize_model, save_quantized
-from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
+from mono_quant_hf.modules import QuantizedModule
 from tests.tiny_models import relative_error
 
 diffusers = pytest.importorskip(
