@@ -168,12 +168,35 @@ def _threads() -> int:
     return 1 if _runtime.forked else torch.get_num_threads()
 
 
-def _enter(entry: Callable[..., None], *args: int) -> None:
-    if _runtime.one_at_a_time is None:
-        entry(*args)
-    else:
-        with _runtime.one_at_a_time:
-            entry(*args)
+_KEPT = 1 << 20  # bytes: a workspace of up to so many waits for the next call of its thread
+
+
+class _Workspace(threading.local):
+    """The scratch memory of this thread's calls, its address and its bytes: one tuple, so that whoever interrupts a
+    call (a signal, a finalizer) may replace it, and the call goes on in what it holds.
+    """
+
+    held: tuple[Tensor | None, int, int] = (None, 0, 0)
+
+
+_workspace = _Workspace()
+
+
+def _enter(entry: Callable[..., int], *args: int) -> None:
+    memory, address, size = _workspace.held
+    while True:
+        if _runtime.one_at_a_time is None:
+            needed = entry(address, size, *args)
+        else:
+            with _runtime.one_at_a_time:
+                needed = entry(address, size, *args)
+        if not needed:
+            del memory  # lives until here, where the threads are done with it
+            return
+        memory = torch.empty(needed, dtype=torch.uint8, device="cpu")
+        address, size = memory.data_ptr(), needed
+        if size <= _KEPT:
+            _workspace.held = memory, address, size
 
 
 def linear(
