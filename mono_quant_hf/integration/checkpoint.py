@@ -22,6 +22,7 @@ from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
 from .selection import Decision, settings_of
 
+FLOAT_IN_CHECKPOINT = "float in the checkpoint"
 COMPANIONS = ("_scale", "_zero_point")
 _STORED_AS = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
@@ -168,7 +169,7 @@ def _by_checkpoint(
         settings = settings_of(config, decision.module, model)
         return decision.set_to(settings | {"weights": "int8"}, quantized_class, "int8 in the checkpoint")
     if decision.quantized and (decision.weights != "float16" or dtypes != {"F16"}):
-        return decision.left_in_float("float in the checkpoint")
+        return decision.left_in_float(FLOAT_IN_CHECKPOINT)
     return decision
 
 

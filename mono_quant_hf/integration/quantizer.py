@@ -29,7 +29,7 @@ from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedExperts, QuantizedModule
 from mono_quant_hf.modules.base import keep_from_initialization
 
-from .checkpoint import check_stored_tensors, decide_by_checkpoint, read_headers
+from .checkpoint import FLOAT_IN_CHECKPOINT, check_stored_tensors, decide_by_checkpoint, read_headers
 from .conversions import PassThrough, QuantizeWeights, checkpoint_of, look_up_conversions
 from .fingerprints import are_named, check_fingerprints, checksums_of
 from .placement import keep_tied_together
@@ -162,7 +162,13 @@ class MonoQuantHfQuantizer(HfQuantizer):
         make_room(model, self.decisions)
         if not files:
             return
-        complete = type(model).__name__ in (model.config.architectures or ())
+        complete = type(model).__name__ in (model.config.architectures or [type(model).__name__])
+        for decision, plan in zip(self.decisions, self.planned, strict=True) if complete else ():
+            if plan.weights == "float16" and decision.reason == FLOAT_IN_CHECKPOINT:
+                raise ValueError(
+                    f"{plan.module} is stored in another dtype than float16, which the config says; "
+                    "save the quantized model again."
+                )
         check_stored_tensors(model, checkpoint, complete=complete, exact=complete and self.checksums is None)
         if self.checksums is not None:
             aliases = aliases_of(model)
