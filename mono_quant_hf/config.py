@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 """Version of the tensors on disk. A checkpoint of a newer version is refused rather than misread."""
 
 XXH3 = "xxh3:"
-"""Before checksums made by XXH3; those without it are CRC-32, which no version writes any more."""
+"""Before checksums, the hash that they are made by."""
 
 WEIGHT_TYPES = ("int8", "float16")
 ACTIVATION_TYPES = ("int8",)
@@ -120,6 +120,10 @@ class MonoQuantConfig(QuantizationConfigMixin):
         return isinstance(other, MonoQuantConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]  # mutable, compared by value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, or `quant_method`; transformers asks a config as it would ask the dictionary in a config.json."""
+        return self.to_dict().get(name, default)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -261,8 +265,10 @@ def _checksums(name: str, value: Any) -> str | None:
     if value is None:
         return None
     try:
-        parts = value.removeprefix(XXH3).split(":") if isinstance(value, str) else []
-        valid = 1 <= len(parts) <= 2 and not any(len(base64.b64decode(p, validate=True)) % 8 for p in parts)
+        parts = (
+            value.removeprefix(XXH3).split(":") if isinstance(value, str) and value.startswith(XXH3) else []
+        )
+        valid = 1 <= len(parts) <= 3 and not any(len(base64.b64decode(p, validate=True)) % 8 for p in parts)
     except ValueError:
         valid = False
     if not valid:

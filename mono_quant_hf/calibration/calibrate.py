@@ -127,7 +127,9 @@ def rounds_with_moments(target: QuantizedModule) -> bool:
         False
     """
     return (
-        target.weights == "int8" and list(target.weight_axes) == ["weight"] and layout_of(target) is not None
+        target.quantization.weights == "int8"
+        and list(target.weight_axes) == ["weight"]
+        and layout_of(target) is not None
     )
 
 
@@ -152,7 +154,9 @@ def balance(module: nn.Module, target: QuantizedModule) -> QuantizedModule:
     layout = layout_of(module)
     assert layout is not None
     matrix = layout.matrix(module.get_parameter("weight").detach())
-    _, scale, zero_point = quantize_to_codes(matrix, target.symmetric, tuple(range(matrix.dim() - 1)))
+    _, scale, zero_point = quantize_to_codes(
+        matrix, target.quantization.symmetric, tuple(range(matrix.dim() - 1))
+    )
     codes = round_balanced(matrix, scale, zero_point)
     for key, tensor in (("weight", codes), ("weight_scale", scale), ("weight_zero_point", zero_point)):
         if tensor is not None:
@@ -308,7 +312,7 @@ class _Calibration:
     def _codes(self, layer: _Layer, moments: Moments) -> tuple[Tensor, Tensor, Tensor | None]:
         matrix = layer.layout.matrix(layer.float_weight).float()
         _, scale, zero_point = quantize_to_codes(
-            matrix, layer.target.symmetric, tuple(range(matrix.dim() - 1))
+            matrix, layer.target.quantization.symmetric, tuple(range(matrix.dim() - 1))
         )
         settings = self.compensation
         if moments.drift.dim():
@@ -362,7 +366,8 @@ class _Calibration:
     def _resumed(self, folder: str | os.PathLike[str]) -> ResumeFolder:
         """The folder of this very calibration: the model, how it is rounded, and every sample."""
         targets = {
-            name: (type(layer.target).__name__, layer.target.symmetric) for name, layer in self.layers.items()
+            name: (type(layer.target).__name__, layer.target.quantization.symmetric)
+            for name, layer in self.layers.items()
         }
         resumed = ResumeFolder(
             folder, fingerprint_of(self.model, targets, asdict(self.compensation), self.batches)

@@ -304,16 +304,16 @@ def _decisions(model: nn.Module) -> list[Decision]:
         if not any(p.dim() > 1 for p in own):
             continue
         is_quantized = isinstance(module, QuantizedModule)
-        weights = module.weights if isinstance(module, QuantizedModule) else "float"
+        weights = module.quantization.weights if isinstance(module, QuantizedModule) else "float"
         decision = known.get(name)
         if decision is None or decision.weights != weights:
             decision = Decision(
                 module=name,
-                kind=module.float_class.__name__
+                kind=module.quantization.float_class.__name__
                 if isinstance(module, QuantizedModule)
                 else type(module).__name__,
                 weights=weights,
-                symmetric=bool(module.symmetric) if is_quantized and weights == "int8" else None,
+                symmetric=module.quantization.symmetric if is_quantized and weights == "int8" else None,
                 reason="",
                 parameters=_parameters_in_float(module),
             )
@@ -390,8 +390,8 @@ def _describe(model: nn.Module, decision: Decision, float_weight: FloatWeight) -
         other = [dim for dim in range(stored.dim()) if dim not in axes]
         signals.append((signal.sum(dim=other) if other else signal).flatten())
         noises.append((noise.sum(dim=other) if other else noise).flatten())
-        if module.weights == "int8":
-            lowest = -127 if module.symmetric else -128
+        if module.quantization.weights == "int8":
+            lowest = -127 if module.quantization.symmetric else -128
             at_ends += int(((stored == lowest) | (stored == 127)).sum())
             codes += stored.numel()
     signal, noise = torch.cat(signals), torch.cat(noises)
@@ -409,7 +409,7 @@ def _describe(model: nn.Module, decision: Decision, float_weight: FloatWeight) -
 
 def _grid_noise(module: QuantizedModule, name: str, values: Tensor) -> Tensor:
     """The mean squared error of rounding to a grid of step s is s² / 12 (Bennett 1948, equation 1.6)."""
-    if module.weights == "int8":
+    if module.quantization.weights == "int8":
         step = module.get_parameter(f"{name}_scale").detach().double().expand_as(values)
         # a channel of zeros is exact, whatever its scale
         axis = module.weight_axes[name]
@@ -442,7 +442,8 @@ def _parameters_in_float(module: nn.Module) -> int:
     """Elements of its own parameters, without scales and zero-points."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
     if isinstance(module, QuantizedModule):
-        own = {name: p for name, p in own.items() if not name.endswith(("_scale", "_zero_point"))}
+        companions = {key for name in module.weight_axes for key in module.companions(name)}
+        own = {name: p for name, p in own.items() if name not in companions}
     return sum(p.numel() for p in own.values())
 
 

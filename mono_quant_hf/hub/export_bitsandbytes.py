@@ -64,7 +64,7 @@ def export_bitsandbytes(
     if not isinstance(model, PreTrainedModel):
         model, source = load_quantized(model)
     targets = {name: module for name, module in model.named_modules() if _is_target(module)}
-    asymmetric = [name for name, module in targets.items() if not module.symmetric]
+    asymmetric = [name for name, module in targets.items() if not module.quantization.symmetric]
     if asymmetric:
         raise HubError(
             f"{asymmetric[0]} and {len(asymmetric) - 1} other modules have zero-points, for which bitsandbytes has no "
@@ -104,7 +104,7 @@ def export_bitsandbytes(
 
 
 def _is_target(module: nn.Module) -> bool:
-    fits = isinstance(module, QuantizedConv1DProjection) or (
-        isinstance(module, QuantizedLinear) and module.float_class is nn.Linear
-    )
-    return fits and module.weights == "int8"
+    if not isinstance(module, (QuantizedLinear, QuantizedConv1DProjection)):
+        return False
+    known = module.quantization.float_class is nn.Linear or isinstance(module, QuantizedConv1DProjection)
+    return known and module.quantization.weights == "int8"

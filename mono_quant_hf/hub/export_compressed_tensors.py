@@ -88,7 +88,7 @@ def export_compressed_tensors(
         raise HubError(
             "No Linear of the model is int8, so there is nothing to export; float16 needs no export."
         )
-    symmetric = all(module.symmetric for module in linears)
+    symmetric = all(module.quantization.symmetric for module in linears)
     format = PACK_QUANTIZED if symmetric and activations is None else INT_QUANTIZED
     if not symmetric:
         logger.warning(
@@ -185,7 +185,9 @@ def quantization_config(
 
 def _is_target(module: nn.Module) -> bool:
     return (
-        isinstance(module, QuantizedLinear) and module.weights == "int8" and module.float_class is nn.Linear
+        isinstance(module, QuantizedLinear)
+        and module.quantization.weights == "int8"
+        and module.quantization.float_class is nn.Linear
     )
 
 

@@ -209,11 +209,15 @@ def _add_tensors(writer: Any, model: PreTrainedModel, architecture: Any, permute
 def _quantized(module: QuantizedModule, heads: int | None, gguf: Any) -> tuple[_Entry, bool]:
     """The weight of a quantized module, and whether it was rounded once more."""
     stored = module.get_parameter("weight").detach()
-    fits = isinstance(module, QuantizedLinear) and module.weights == "int8" and stored.shape[1] % BLOCK == 0
+    fits = (
+        isinstance(module, QuantizedLinear)
+        and module.quantization.weights == "int8"
+        and stored.shape[1] % BLOCK == 0
+    )
     if not fits:
-        dtype = torch.float16 if module.weights == "float16" else torch.float32
+        dtype = torch.float16 if module.quantization.weights == "float16" else torch.float32
         return _float(_reordered(module.dequantized("weight", dtype), heads), gguf), False
-    if not module.symmetric:
+    if not module.quantization.symmetric:
         weight = _reordered(module.dequantized("weight"), heads).cpu().numpy()
         return _Entry(gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0), "Q8_0"), True
     scale = module.get_parameter("weight_scale").detach()

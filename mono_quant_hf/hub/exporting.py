@@ -88,7 +88,7 @@ def rewritten(model: PreTrainedModel, rewrite: Rewrite) -> Rewritten:
         is_tied = any(module.get_parameter(key).data_ptr() in tied for key in module.weight_axes)
         new = None if is_tied else rewrite(name, module)
         if new is None:
-            as_float[name] = module.float_class.__name__
+            as_float[name] = module.quantization.float_class.__name__
             new = {}
             for key in module.weight_axes:
                 # Tied weights stay one tensor, so that they are written once.
@@ -114,7 +114,7 @@ def float_linears(
     """Names of the modules of the given kinds that are float in the export."""
     names = []
     for name, module in model.named_modules():
-        kind = module.float_class if isinstance(module, QuantizedModule) else type(module)
+        kind = module.quantization.float_class if isinstance(module, QuantizedModule) else type(module)
         if issubclass(kind, kinds) and name not in exported:
             names.append(name)
     return names

@@ -12,7 +12,8 @@ from transformers.models.auto import modeling_auto
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.integration.checkpoint import StoredTensor, decide_by_checkpoint, read_headers
-from mono_quant_hf.integration.selection import Decision, aliases_of, decide
+from mono_quant_hf.integration.conversions import checkpoint_of
+from mono_quant_hf.integration.selection import Decision, decide_recorded
 
 from .errors import HubError
 from .folders import weight_files
@@ -113,7 +114,8 @@ def read_facts(folder: str | os.PathLike[str]) -> CheckpointFacts:
     stored = read_headers([str(file) for file in files])
     config = settings_of(folder, settings)
     skeleton = skeleton_of(folder)
-    decisions = decide_by_checkpoint(decide(skeleton, config), stored, aliases_of(skeleton))
+    planned = decide_recorded(skeleton, config)
+    decisions = decide_by_checkpoint(skeleton, planned, config, checkpoint_of(skeleton, stored))
     companions = {
         name for name in stored if name.endswith(("_scale", "_zero_point")) and _owner(name) in stored
     }

@@ -28,9 +28,10 @@ from mono_quant_hf.integration.checkpoint import (
     opener,
     read_headers,
 )
+from mono_quant_hf.integration.conversions import checkpoint_of
 from mono_quant_hf.integration.expected import expected_tensors
 from mono_quant_hf.integration.fingerprints import flaws_by_fingerprint
-from mono_quant_hf.integration.selection import aliases_of, decide
+from mono_quant_hf.integration.selection import aliases_of, decide_recorded
 from mono_quant_hf.json_files import read_index
 from mono_quant_hf.texts import one_line
 
@@ -271,25 +272,16 @@ class _Verifying:
     # Tensors
 
     def _tensors(self, model: PreTrainedModel, config: MonoQuantConfig, config_file: Path) -> None:
-        aliases = aliases_of(model)
-        planned = decide(model, config)
+        checkpoint = checkpoint_of(model, self.stored)
+        planned = decide_recorded(model, config)
         try:
-            decisions = decide_by_checkpoint(planned, self.stored, aliases)
+            decisions = decide_by_checkpoint(model, planned, config, checkpoint)
         except ValueError as problem:
             name = next(
                 (n for n, t in self.stored.items() if str(problem).startswith(f"{n} in {t.file} is")), ""
             )
             self.says(self.stored[name].file if name else config_file, name, str(problem))
             return
-        for before, after in zip(planned, decisions, strict=True):
-            key = next((k for a in aliases(after.module) if (k := f"{a}.weight") in self.stored), None)
-            if key and before.symmetric and after.weights == "int8" and after.symmetric is False:
-                file = self.stored[f"{key}_zero_point"].file
-                self.says(
-                    file,
-                    f"{key}_zero_point",
-                    f"{key}_zero_point is in {file}, but {config_file} says symmetric; save the quantized model again.",
-                )
         other = [a.module for b, a in zip(planned, decisions, strict=True) if b.weights != a.weights]
         if other:
             self.notes.append(
@@ -297,7 +289,7 @@ class _Verifying:
                 "as they are stored."
             )
         expected = expected_tensors(model, config, decisions)
-        for flaw in flaws_of_stored_tensors(model, self.stored, aliases):
+        for flaw in flaws_of_stored_tensors(model, checkpoint):
             self.add(flaw)
         self._compare_names(model, expected, config_file)
 
@@ -353,7 +345,7 @@ class _Verifying:
                 self.compared = (self.compared or 0) + 1
                 bar.update()
 
-            for flaw in flaws_by_fingerprint(whole, config.checksums, self.stored, count):
+            for flaw in flaws_by_fingerprint(whole, config, self.stored, count):
                 if flaw.tensor in self.stored or len(whole) == len(files):
                     self.add(flaw)
 

@@ -129,7 +129,7 @@ class OnQuantized:
         """
         tensors = super().state_dict(*args, prefix=prefix, **kwargs)  # type: ignore[misc]
         base = self._modules["base_layer"]  # type: ignore[attr-defined]
-        if isinstance(base, QuantizedModule) and base.weights == "int8":
+        if isinstance(base, QuantizedModule) and base.quantization.weights == "int8":
             for name in base.storage_names():
                 tensors[f"{prefix}base_layer.{_form(base)}.{name}"] = tensors.pop(
                     f"{prefix}base_layer.{name}"
@@ -293,7 +293,9 @@ def _quantize_again(quantized: QuantizedModule, merged: nn.Module) -> None:
             kept = torch.where(changed, new[key], quantized.get_parameter(key).data)
             quantized._parameters[key] = nn.Parameter(kept, requires_grad=False)
         rounded = quantized.dequantized(name)
-        _tell_rounding(f"{_name_of(quantized)}.{name}", quantized.weights, weight, before, rounded)
+        _tell_rounding(
+            f"{_name_of(quantized)}.{name}", quantized.quantization.weights, weight, before, rounded
+        )
     bias, merged_bias = quantized._parameters.get("bias"), merged._parameters.get("bias")
     if bias is not None and merged_bias is not None and not torch.equal(merged_bias.data, bias.data.float()):
         merged_bias = nn.Parameter(merged_bias.data.to(bias.dtype), requires_grad=bias.requires_grad)
@@ -301,7 +303,7 @@ def _quantize_again(quantized: QuantizedModule, merged: nn.Module) -> None:
 
 
 def _form(quantized: QuantizedModule) -> str:
-    return "symmetric_int8" if quantized.symmetric else "asymmetric_int8"
+    return "symmetric_int8" if quantized.quantization.symmetric else "asymmetric_int8"
 
 
 def _bring_into_form(quantized: QuantizedModule, state_dict: dict[str, Any], prefix: str) -> None:
@@ -313,7 +315,7 @@ def _bring_into_form(quantized: QuantizedModule, state_dict: dict[str, Any], pre
         for form in ("symmetric_int8", "asymmetric_int8"):
             paths = {part: f"{prefix}{form}.{name}{part}" for part in ("", "_scale", "_zero_point")}
             held = {part: state_dict.pop(path) for part, path in paths.items() if path in state_dict}
-            if quantized.weights == "int8" and form == _form(quantized):
+            if quantized.quantization.weights == "int8" and form == _form(quantized):
                 state_dict.update({f"{prefix}{name}{part}": tensor for part, tensor in held.items()})
             elif held:
                 state_dict[prefix + name] = dequantize_codes(
@@ -350,7 +352,7 @@ def _tell_rounding(name: str, weights: str, merged: Tensor, before: Tensor, roun
 
 
 def _name_of(quantized: QuantizedModule) -> str:
-    return quantized.module_name or type(quantized).__name__
+    return quantized.quantization.module_name or type(quantized).__name__
 
 
 def _tuners_utils() -> Any:

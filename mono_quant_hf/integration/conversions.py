@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange
+from transformers.core_model_loading import (
+    ConversionOps,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from mono_quant_hf.modules import QuantizedModule
+
+from .checkpoint import COMPANIONS, Checkpoint, StoredTensor
 
 if TYPE_CHECKING:
     from .quantizer import MonoQuantHfQuantizer
@@ -64,6 +72,12 @@ class QuantizeWeights(ConversionOps):
             module_name, _, parameter_name = name.rpartition(".")
             module = model.get_submodule(module_name)
             if isinstance(module, QuantizedModule) and parameter_name in module.weight_axes:
+                shape = module.get_parameter(parameter_name).shape
+                if tensor.dim() == len(shape) and tensor.shape[1:] == shape[1:] and tensor.shape != shape:
+                    # A head for other labels: the loader refuses it, or with ignore_mismatched_sizes makes a new one.
+                    self.hf_quantizer.other_rows.add(name)
+                    converted[name] = tensor
+                    continue
                 try:
                     tensors = module.quantized_tensors(parameter_name, tensor)
                 except ValueError as problem:
@@ -82,6 +96,41 @@ class QuantizeWeights(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         return PassThrough()
+
+
+def checkpoint_of(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Checkpoint:
+    """What the tensors of a checkpoint become in a model, by the renamings and conversions of the model's own.
+
+    Args:
+        model: float or quantized, such as on the meta device.
+        stored: by name on disk.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    own = model.state_dict()
+
+    def targets(name: str) -> tuple[list[str], bool]:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if pattern is None or (renamed not in own and name in own):
+            return [renamed if renamed in own or name not in own else name], False
+        first, *others = by_pattern[pattern].target_patterns
+        return [renamed, *(renamed.replace(first, other) for other in others)], True
+
+    sources: dict[str, list[str]] = {}
+    converted = set()
+    for name in stored:
+        found, is_converted = targets(name)
+        suffix = next((s for s in COMPANIONS if name.endswith(s)), "")
+        if suffix and found[0] not in own:  # of a weight, and goes where it goes
+            found, is_converted = targets(name.removesuffix(suffix))
+            found = [target + suffix for target in found]
+        for target in found:
+            sources.setdefault(target, []).append(name)
+        if is_converted:
+            converted.add(name)
+    return Checkpoint(stored, sources, frozenset(converted))
 
 
 def look_up_conversions(model: PreTrainedModel) -> None:

@@ -13,17 +13,14 @@ from transformers import PreTrainedModel
 from mono_quant_hf.calibration import Compensation, Sampling
 from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.core import calculate_scale_zp_per_channel, quantize_weight_fp16
-from mono_quant_hf.modules import QuantizedExperts, QuantizedModule, quantized_class_for
+from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
 from .calibrated import quantize_calibrated
-from .conversions import look_up_conversions
-from .quantizer import MonoQuantHfQuantizer
+from .quantizer import attach, attach_to_owners, attach_to_parts
 from .replacement import quantizing, replace_modules
-from .resizing import make_resizable
 from .saving import config_of_modules
 from .selection import Decision, decide, log_summary
-from .tags import add_tags
-from .tying import declare_tied_companions, share_storage, tied_modules
+from .tying import share_storage, tied_modules
 
 
 def quantize_model(
@@ -111,15 +108,16 @@ def quantize_model(
         )
     share_storage(model, groups)
     if isinstance(model, PreTrainedModel):
-        declare_tied_companions(model)
-        make_resizable(model)
-        _attach_quantizer(model, config, decisions)
+        attach(model, config, decisions)
     elif callable(register := getattr(model, "register_to_config", None)) and any(
         d.quantized for d in decisions
     ):
         # diffusers has no registry for quantizers of others: saved by itself, with this in its config, it refuses to
         # load the model, which load_quantized does, and does not read codes as weights.
         register(quantization_config=config_of_modules(model).to_dict())
+    if any(d.quantized for d in decisions):
+        attach_to_owners(model)
+        attach_to_parts(model)
     log_summary(model, decisions)
     return model
 
@@ -129,6 +127,9 @@ def _refuse_unfit(model: nn.Module) -> None:
         model, "is_quantized", False
     ):
         raise ValueError(f"{type(model).__name__} is quantized already; quantize the float model.")
+    lazy = next((n for n, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)), None)
+    if lazy is not None:
+        raise ValueError(f"{lazy} is not initialized; run the model once, then quantize it.")
     dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
     if dispatched or any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
@@ -151,21 +152,3 @@ def _check_weights(name: str, module: nn.Module, decision: Decision) -> None:
         except ValueError as problem:
             full_name = f"{name}.{weight_name}" if name else weight_name
             raise ValueError(f"{full_name} cannot be quantized. {problem}") from None
-
-
-def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions: list[Decision]) -> None:
-    """Make the model one that transformers knows to be quantized, as `from_pretrained` does."""
-    quantizer = MonoQuantHfQuantizer(config, pre_quantized=False)
-    quantizer.decisions = decisions
-    quantizer.has_experts = any(isinstance(module, QuantizedExperts) for module in model.modules())
-    # setattr, as transformers does: these are no declared attributes of the model.
-    for name, value in (
-        ("hf_quantizer", quantizer),
-        ("is_quantized", True),
-        ("quantization_method", config.quant_method),
-    ):
-        setattr(model, name, value)
-    model.config.quantization_config = quantizer.quantization_config
-    add_tags(model, config)
-    look_up_conversions(model)
-    quantizer.restore_conversions(model)

@@ -71,11 +71,11 @@ def resize_token_embeddings(model: PreTrainedModel, *args: Any, **kwargs: Any) -
 
     def quantize_again(name: str) -> Any:
         def make(module: nn.Module) -> nn.Module:
-            before = old[name]
+            before, settings = old[name], old[name].quantization
             quantized_class = quantized_class_for(module)
             assert quantized_class is not None
             twin = quantized_class.from_float(
-                module, before.weights, before.symmetric, name, activations=before.activations
+                module, settings.weights, settings.symmetric, name, activations=settings.activations
             )
             with torch.no_grad():
                 for key in before.storage_names():

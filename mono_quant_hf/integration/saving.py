@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import glob
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from mono_quant_hf.files import folder_written_aside
 from mono_quant_hf.json_files import read_index, read_json
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
-from .checkpoint import StoredTensor, check_stored_tensors, read_headers
+from .checkpoint import Checkpoint, StoredTensor, check_stored_tensors, groups_of_one_tensor, read_headers
 from .fingerprints import check_fingerprints, checksums_of_tensors
 from .replacement import replace_modules
+from .selection import Decision, settings_of
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -38,31 +41,87 @@ bits of a float product depend on that."""
 def config_of_modules(model: nn.Module) -> MonoQuantConfig:
     """The config that says how each module of a model is quantized, whichever way it came to be.
 
-    The fields are those of most quantized modules; the others, and those in float, are overrides by their full name.
+    The fields are those of most quantized modules; the others, and those in float, are overrides by their full name, or
+    by a pattern that matches nothing else.
 
     Raises:
         ValueError: no module is quantized.
     """
-    kinds: dict[str, dict[str, Any]] = {}
-    rounds_inputs = any(isinstance(m, QuantizedModule) and m.activations is not None for m in model.modules())
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
-            kinds[name] = {"weights": module.weights}
-            if module.weights == "int8":
-                kinds[name]["symmetric"] = module.symmetric
-                if rounds_inputs and module.quantizes_activations:
-                    kinds[name]["activations"] = module.activations
-        elif quantized_class_for(module) is not None:
-            kinds[name] = {"weights": "float"}
-    counts = Counter(json.dumps(kind) for kind in kinds.values() if kind["weights"] != "float")
-    if not counts:
+    kinds = {name: kind for name, module in model.named_modules() if (kind := _kind_of(module)) is not None}
+    quantized = [name for name, kind in kinds.items() if kind["weights"] != "float"]
+    if not quantized:
         raise ValueError(
             f"{type(model).__name__} holds no quantized module; quantize it first (quantize_model)."
         )
+    # Only of what is a product, and so can round its inputs, do the activations say anything.
+    counts = Counter(json.dumps(kinds[name]) for name in quantized)
     usual = json.loads(counts.most_common(1)[0][0])
-    overrides = {name: kind for name, kind in kinds.items() if not kind.items() <= usual.items()}
-    tables = any(isinstance(m, QuantizedModule) and isinstance(m, nn.Embedding) for m in model.modules())
+    rounds = next((k["activations"] for k in kinds.values() if k.get("activations")), None)
+    usual["activations"] = rounds if usual["weights"] == "int8" else None
+    overrides = {}
+    for name, kind in kinds.items():
+        if kind["weights"] == "float":
+            overrides[_pattern_apart_from(quantized, name)] = kind
+        elif kind != {key: usual.get(key) for key in kind}:
+            overrides[name] = kind
+    tables = any(isinstance(model.get_submodule(name), nn.Embedding) for name in quantized)
     return MonoQuantConfig(**usual, module_overrides=overrides or None, quantize_embeddings=tables)
+
+
+def config_as_saved(
+    model: nn.Module, config: MonoQuantConfig, planned: Sequence[Decision]
+) -> MonoQuantConfig | None:
+    """The config that a model is saved with: that which it was quantized by, and what is otherwise, by its full name.
+
+    Args:
+        model: as it is now; its modules may have been replaced since.
+        config, planned: what it was quantized by, and what was decided then.
+
+    Returns:
+        None where nothing in it is quantized.
+    """
+    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+        return None
+    if not planned:
+        return config_of_modules(model)
+    decided = {d.module: d for d in planned}
+    overrides = config.module_overrides or {}
+    usual = {"weights": config.weights, "symmetric": config.symmetric, "activations": config.activations}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        kind, decision = _kind_of(module), decided.get(name)
+        if kind is None or (decision is None and kind["weights"] == "float"):
+            continue
+        said = [{**usual, **overrides[name]}] if name in overrides else []
+        said += [] if decision is None else [decision.to_dict()]
+        if decision is None or any(kind[key] != wish[key] for wish in said for key in kind):
+            facts[name] = kind
+    saved = copy.deepcopy(config)
+    saved.module_overrides = {**facts, **{k: o for k, o in overrides.items() if k not in facts}} or None
+    return saved
+
+
+def _kind_of(module: nn.Module) -> dict[str, Any] | None:
+    """A module as an override says it; None where the config has no say."""
+    if isinstance(module, QuantizedModule):
+        settings = module.quantization
+        kind: dict[str, Any] = {"weights": settings.weights}
+        if settings.weights == "int8":
+            kind["symmetric"] = settings.symmetric
+            if module.quantizes_activations:
+                kind["activations"] = settings.activations
+        return kind
+    return None if quantized_class_for(module) is None else {"weights": "float"}
+
+
+def _pattern_apart_from(quantized: Sequence[str], name: str) -> str:
+    """For a module in float: of the largest part of the model around it that holds nothing quantized, all modules."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        part = ".".join(parts[:end])
+        if not any(other == part or other.startswith(f"{part}.") for other in quantized):
+            return f"{glob.escape(part)}.*"
+    return name
 
 
 def save_quantized(
@@ -116,7 +175,7 @@ def save_quantized(
     with folder_written_aside(target) as new:
         save_torch_state_dict(tensors, new, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
         written = read_headers([str(file) for file in sorted(new.glob("*.safetensors"))])
-        config.checksums = checksums_of_tensors((name, tensors[name]) for name in written)
+        config.checksums = checksums_of_tensors(((name, tensors[name]) for name in written), config)
         content = _own_config(model) | {"quantization_config": config.to_dict()}
         (new / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -174,10 +233,10 @@ def load_quantized(
         )
     skeleton = replace_modules(skeleton, _makers(skeleton, config))
     names = _names_of_tensors(skeleton, files)
-    check_stored_tensors(skeleton, stored, lambda name: [name])
+    check_stored_tensors(skeleton, Checkpoint.as_named(stored), exact=config.checksums is None)
     _check_names(skeleton, names, stored)
     if config.checksums is not None:
-        check_fingerprints(files, config.checksums, names)
+        check_fingerprints(files, config, names)
     _fill(skeleton, names, stored, device)
     waiting = next((name for name, tensor in skeleton.named_buffers() if tensor.is_meta), None)
     if waiting is not None:
@@ -269,12 +328,14 @@ def _without_values(model: nn.Module) -> Iterator[str]:
 
 def _makers(model: nn.Module, config: MonoQuantConfig) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """What `replace_modules` needs to make every module what the config says."""
-    usual = {"weights": config.weights, "symmetric": config.symmetric, "activations": config.activations}
     makers: dict[str, Callable[[nn.Module], nn.Module]] = {}
+    settings_by_name = settings_of(config, model)
     for name, module in model.named_modules():
         quantized_class = quantized_class_for(module)
-        settings = {**usual, **(config.module_overrides or {}).get(name, {})}
-        if quantized_class is not None and settings["weights"] != "float":
+        if quantized_class is None:
+            continue
+        settings = settings_by_name(name)
+        if settings["weights"] != "float":
             makers[name] = _Twin(quantized_class, settings, name)
     return makers
 
@@ -301,12 +362,7 @@ def _names_of_tensors(model: nn.Module, files: list[str]) -> dict[str, list[str]
     Which tensors are one is known from the model, but not where it was made without memory, and from the metadata of
     the files, where huggingface_hub notes under which name a tensor that has several was written.
     """
-    names: dict[str, list[str]] = {}
-    by_tensor: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):
-            names[name] = by_tensor.setdefault(id(tensor), [])
-            names[name].append(name)
+    names = groups_of_one_tensor(model)
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             noted = tensors.metadata() or {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -55,6 +56,20 @@ class Decision:
     def left_in_float(self, reason: str) -> Decision:
         return replace(self, weights="float", symmetric=None, activations=None, reason=reason)
 
+    def set_to(
+        self, settings: dict[str, Any], quantized_class: type[QuantizedModule] | None, reason: str
+    ) -> Decision:
+        """As an override says, in a module of this quantized form."""
+        int8 = settings["weights"] == "int8"
+        rounds_inputs = int8 and quantized_class is not None and quantized_class.quantizes_activations
+        return replace(
+            self,
+            weights=settings["weights"],
+            symmetric=settings["symmetric"] if int8 else None,
+            activations=settings["activations"] if rounds_inputs else None,
+            reason=reason,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -93,20 +108,16 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
         skip, override = skips.first_match(name), overrides.first_match(name)
         if override is not None:
             settings |= (config.module_overrides or {})[override]
-        int8 = settings["weights"] == "int8"
+        quantized_class = quantized_class_for(module)
+        own = (p for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" not in tied)
         decision = Decision(
             module=name,
             kind=type(module).__name__,
-            weights=settings["weights"],
-            symmetric=settings["symmetric"] if int8 else None,
-            reason="" if override is None else f"module_overrides[{override!r}]",
-            parameters=sum(
-                p.numel() for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" not in tied
-            ),
-        )
-        quantized_class = quantized_class_for(module)
-        if int8 and quantized_class is not None and quantized_class.quantizes_activations:
-            decision = replace(decision, activations=settings["activations"])
+            weights="float",
+            symmetric=None,
+            reason="",
+            parameters=sum(p.numel() for p in own),
+        ).set_to(settings, quantized_class, "" if override is None else f"module_overrides[{override!r}]")
         if quantized_class is None:
             decision = decision.left_in_float(f"no quantized form of {type(module).__name__}")
         elif (refusal := quantized_class.refuses(module)) is not None:
@@ -134,6 +145,46 @@ def decide(model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None 
     skips.warn_of_unmatched(names)
     overrides.warn_of_unmatched(names)
     return _decide_together(tied_modules(model), _keep_dtype_of_model(model, decisions, dtype))
+
+
+def decide_recorded(
+    model: nn.Module, config: MonoQuantConfig, dtype: torch.dtype | None = None
+) -> list[Decision]:
+    """As `decide`, by the config of a checkpoint: an override of a module's full name is no wish there but a fact."""
+    aliases, overrides = aliases_of(model), config.module_overrides or {}
+    facts = {
+        name: alias for name, _ in model.named_modules() for alias in aliases(name) if alias in overrides
+    }
+    wishes = {pattern: o for pattern, o in overrides.items() if pattern not in facts.values()}
+    config = copy.deepcopy(config)
+    config.module_overrides = wishes or None
+    decisions = []
+    for decision in decide(model, config, dtype):
+        if (fact := facts.get(decision.module)) is not None:
+            settings = {key: getattr(config, key) for key in OVERRIDE_FIELDS} | overrides[fact]
+            module = model.get_submodule(decision.module)
+            quantized_class = quantized_class_for(module)
+            if quantized_class is not None and quantized_class.refuses(module) is None:
+                decision = decision.set_to(settings, quantized_class, f"module_overrides[{fact!r}]")
+        decisions.append(decision)
+    return decisions
+
+
+def settings_of(config: MonoQuantConfig, model: nn.Module) -> Callable[[str], dict[str, Any]]:
+    """A function of a module's name: what a config says of it, if it is quantized.
+
+    It gives `{"weights": ..., "symmetric": ..., "activations": ...}`.
+    """
+    patterns, aliases = config.module_overrides or {}, aliases_of(model)
+    tracker = PatternTracker("module_overrides", list(patterns), glob_or_expression, aliases, Stopwatch())
+    usual = {key: getattr(config, key) for key in OVERRIDE_FIELDS}
+
+    def of(name: str) -> dict[str, Any]:
+        exact = next((alias for alias in aliases(name) if alias in patterns), None)
+        override = tracker.first_match(name) if exact is None else exact
+        return usual if override is None else usual | patterns[override]
+
+    return of
 
 
 def aliases_of(model: nn.Module) -> Aliases:
@@ -211,6 +262,10 @@ def _readable(size: int) -> str:
     return f"{size} bytes"
 
 
+def _is_within(name: str, part: str) -> bool:
+    return not part or name == part or name.startswith(f"{part}.")
+
+
 def _holds_weight(module: nn.Module) -> bool:
     return any(p is not None and p.dim() > 1 for p in module._parameters.values())
 
@@ -226,16 +281,16 @@ def _default_skips(
     for name in candidates:
         if kept and not should_convert_module(name, kept):
             reasons[name] = "the model keeps it in float32"
-    if isinstance(model, PreTrainedModel):
-        heads = get_keys_to_not_convert(model)
-        for name in candidates:
-            if name not in chosen and any(name == key or name.startswith(f"{key}.") for key in heads):
-                reasons[name] = "output head or tied weight"
-    users: dict[int, list[str]] = {}
-    for name, module in candidates.items():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name)
-    for names in users.values():
+    outermost: list[str] = []
+    for prefix, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and not any(_is_within(prefix, other) for other in outermost):
+            outermost.append(prefix)
+            heads = [".".join(filter(None, (prefix, key))) for key in get_keys_to_not_convert(part)]
+            for name in candidates:
+                if name not in chosen and any(_is_within(name, head) for head in heads):
+                    reasons[name] = "output head or tied weight"
+    for group in tied_modules(model):
+        names = [name for name in group if name in candidates]
         for name in names if len(names) > 1 and not chosen.issuperset(names) else ():
             reasons.setdefault(
                 name, f"it shares its weight with {next(other for other in names if other != name)}"

@@ -46,9 +46,8 @@ def tied_modules(model: nn.Module) -> list[list[str]]:
                 groups.setdefault(id(parameter), []).append(name)
     by_source: dict[str, list[str]] = {}
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        pair = [key.rpartition(".")[0] for key in (source, target)]
-        if all(key.endswith(".weight") for key in (source, target)):
-            by_source.setdefault(source, []).extend(pair)
+        if model.get_parameter_or_buffer(source).dim() > 1:  # type: ignore[operator]  # of a PreTrainedModel
+            by_source.setdefault(source, []).extend(key.rpartition(".")[0] for key in (source, target))
     merged: list[list[str]] = []
     for group in [*by_source.values(), *groups.values()]:
         names = list(dict.fromkeys(group))
@@ -131,7 +130,13 @@ def withdraw_tied_companions(model: PreTrainedModel) -> None:
         if not isinstance(part, PreTrainedModel):
             continue
         declared = part.all_tied_weights_keys
-        companions = [key for key in declared if key.endswith(_SUFFIXES[1:])]
+        there = {name for name, _ in part.named_parameters(remove_duplicate=False)}
+        companions = {
+            key
+            for key in declared.keys() - there
+            for suffix in _SUFFIXES[1:]
+            if key.removesuffix(suffix) in declared
+        }
         if not companions:
             continue
         part.all_tied_weights_keys = {key: declared[key] for key in declared if key not in companions}

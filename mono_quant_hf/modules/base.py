@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -36,6 +37,25 @@ def weights_of_dtype(dtype: torch.dtype) -> str:
     raise ValueError(f"dtype must be torch.qint8 or torch.float16, not {dtype}.")
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How a module is quantized: its attribute `quantization`, the one name beside those of its tensors.
+
+    Attributes:
+        weights: `"int8"` or `"float16"`.
+        symmetric: whether int8 codes go without zero-points; True for float16.
+        activations: `"int8"`: the products round their input to int8 where that pays (`mono_quant_hf.kernels.linear`).
+        float_class: of the module that it was made of.
+        module_name: qualified name in the model it was made for, for error messages.
+    """
+
+    weights: str
+    symmetric: bool
+    activations: str | None
+    float_class: type[nn.Module]
+    module_name: str | None = None
+
+
 class QuantizedModule(nn.Module):
     """Mixin of the modules that hold int8 codes or float16 weights in place of float ones.
 
@@ -59,16 +79,9 @@ class QuantizedModule(nn.Module):
 
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
-    weights: str
-    """`"int8"` or `"float16"`."""
-    symmetric: bool
-    activations: str | None = None
-    """`"int8"`: the products round their input to int8 where that pays, see `mono_quant_hf.kernels.linear`."""
+    quantization: Quantization
     quantizes_activations: ClassVar[bool] = False
     """Whether `activations` has a say: in modules that are a matrix product."""
-    module_name: str | None
-    """Qualified name in the model it was made for, for error messages."""
-    float_class: type[nn.Module]
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
@@ -81,11 +94,26 @@ class QuantizedModule(nn.Module):
             weight = module._parameters.get(name)
             if weight is None:
                 return f"its {name} is computed, not a parameter"
+            if isinstance(weight, nn.UninitializedParameter):
+                return f"its {name} is not initialized; run the model once"
             if not weight.is_floating_point():
                 return f"its {name} is {str(weight.dtype).removeprefix('torch.')} already"
             if weight.numel() == 0:
                 return f"its {name} has no elements"
-        return None
+        taken = sorted(cls._names_needed().intersection(_names_of(module)))
+        return f"it has a {taken[0]!r} of its own" if taken else None
+
+    @classmethod
+    def _names_needed(cls) -> set[str]:
+        """The attributes that a quantized module has and no other `nn.Module`."""
+        bases = [
+            base
+            for base in cls.__mro__
+            if issubclass(base, QuantizedModule) and not issubclass(base, cls.source_class())
+        ]
+        names = {"quantization", *(name for base in bases for name in vars(base))}
+        names |= {companion for weight in cls.weight_axes for companion in cls.companions(weight)}
+        return {name for name in names if not hasattr(nn.Module, name)} - {"reset_parameters"}
 
     @classmethod
     def source_class(cls) -> type[nn.Module]:
@@ -115,9 +143,15 @@ class QuantizedModule(nn.Module):
         if reason is not None:
             raise ValueError(f"{name or type(module).__name__} cannot become a {cls.__name__}: {reason}.")
         twin = _twin(module, cls)
-        twin._set_up_storage(weights, symmetric, type(module), name)
-        if cls.quantizes_activations and weights == "int8":
-            twin.activations = activations
+        twin._set_up_storage(
+            Quantization(
+                weights,
+                symmetric or weights != "int8",
+                activations if cls.quantizes_activations and weights == "int8" else None,
+                type(module),
+                name,
+            )
+        )
         return twin
 
     @classmethod
@@ -142,13 +176,8 @@ class QuantizedModule(nn.Module):
                 twin._parameters[key] = nn.Parameter(tensor, requires_grad=False)
         return twin
 
-    def _set_up_storage(
-        self, weights: str, symmetric: bool, float_class: type[nn.Module], name: str | None
-    ) -> None:
-        self.weights = weights
-        self.symmetric = symmetric if weights == "int8" else True
-        self.float_class = float_class
-        self.module_name = name
+    def _set_up_storage(self, quantization: Quantization) -> None:
+        self.quantization = quantization
         # transformers would otherwise draw random numbers into int8 codes that it has not yet put on the module.
         self._is_hf_initialized = True
         for weight_name, axis in self.weight_axes.items():
@@ -156,11 +185,13 @@ class QuantizedModule(nn.Module):
             assert weight is not None
             axes = {a % weight.dim() for a in ((axis,) if isinstance(axis, int) else axis)}
             channels = [size if dim in axes else 1 for dim, size in enumerate(weight.shape)]
-            storage = torch.empty_like(weight, dtype=STORAGE_DTYPES[weights], requires_grad=False)
+            storage = torch.empty_like(
+                weight, dtype=STORAGE_DTYPES[quantization.weights], requires_grad=False
+            )
             scale = zero_point = None
-            if weights == "int8":
+            if quantization.weights == "int8":
                 scale = torch.empty(channels, dtype=torch.float32, device=weight.device)
-                if not symmetric:
+                if not quantization.symmetric:
                     zero_point = torch.empty(channels, dtype=torch.int8, device=weight.device)
             for key, tensor in (("", storage), ("_scale", scale), ("_zero_point", zero_point)):
                 parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
@@ -178,14 +209,14 @@ class QuantizedModule(nn.Module):
             ValueError: the weight has another shape than the module, NaN or infinite values, or (float16) values
                 past 65504; the message names the parameter.
         """
-        full_name = f"{self.module_name}.{weight_name}" if self.module_name else weight_name
+        full_name = ".".join(filter(None, (self.quantization.module_name, weight_name)))
         expected = self.get_parameter(weight_name).shape
         if weight.shape != expected:
             raise ValueError(
                 f"{full_name} has shape {tuple(weight.shape)} where the model has {tuple(expected)}."
             )
         try:
-            if self.weights == "float16":
+            if self.quantization.weights == "float16":
                 return {weight_name: quantize_weight_fp16(weight)}
             codes, scale, zero_point = self._quantize(weight_name, weight)
         except ValueError as problem:
@@ -196,12 +227,12 @@ class QuantizedModule(nn.Module):
         return tensors
 
     def _quantize(self, weight_name: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return kernels.quantize(weight, self.symmetric, self.weight_axes[weight_name])
+        return kernels.quantize(weight, self.quantization.symmetric, self.weight_axes[weight_name])
 
     def dequantized(self, weight_name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in `dtype`."""
         stored = self.get_parameter(weight_name).detach()
-        if self.weights == "float16":
+        if self.quantization.weights == "float16":
             return stored.to(dtype)
         zero_point = self._parameters[f"{weight_name}_zero_point"]
         scale = self.get_parameter(f"{weight_name}_scale").detach()
@@ -209,9 +240,8 @@ class QuantizedModule(nn.Module):
 
     def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A module of the original class with the dequantized weights in `dtype`."""
-        twin = _twin(self, self.float_class)
-        for name in ("weights", "symmetric", "activations", "float_class", "module_name"):
-            twin.__dict__.pop(name, None)
+        twin = _twin(self, self.quantization.float_class)
+        del twin.quantization
         for weight_name in self.weight_axes:
             for companion in self.companions(weight_name):
                 del twin._parameters[companion]
@@ -223,14 +253,15 @@ class QuantizedModule(nn.Module):
 
     def without_weights(self) -> nn.Module:
         """A module of the original class that shares the buffers of this one and has empty float parameters."""
-        twin = _twin(self, self.float_class)
+        twin = _twin(self, self.quantization.float_class)
         twin._parameters = {
             name: None if parameter is None else nn.Parameter(torch.empty(0), requires_grad=False)
             for name, parameter in twin._parameters.items()
         }
         return twin
 
-    def companions(self, weight_name: str) -> list[str]:
+    @classmethod
+    def companions(cls, weight_name: str) -> list[str]:
         """Names of the parameters beside a weight that the float module does not have."""
         return [f"{weight_name}_scale", f"{weight_name}_zero_point"]
 
@@ -254,19 +285,28 @@ class QuantizedModule(nn.Module):
     def storage_dtype(self, name: str) -> torch.dtype:
         """The dtype that one of `storage_names` must have."""
         if name in self.weight_axes:
-            return STORAGE_DTYPES[self.weights]
+            return STORAGE_DTYPES[self.quantization.weights]
         return torch.float32 if name.endswith("_scale") else torch.int8
 
     def check_input(self, x: Tensor) -> None:
         """Refuse an input that is not floating-point: with int8 codes it is most likely a cast gone wrong."""
         if not x.is_floating_point():
-            name = self.module_name or type(self).__name__
+            name = self.quantization.module_name or type(self).__name__
             found = str(x.dtype).removeprefix("torch.")
             raise TypeError(
                 f"{name} got an input of dtype {found}, but works on floating-point inputs. If the model casts its "
                 f"input to the dtype of this module's weight, keep the module in float: "
                 f"MonoQuantConfig(modules_to_not_convert=[{name!r}])."
             )
+
+    def reset_parameters(self) -> None:
+        """As the float class, before it is quantized; codes cannot be drawn at random."""
+        if "quantization" in vars(self):
+            name = self.quantization.module_name or type(self).__name__
+            raise TypeError(
+                f"{name} is quantized and cannot be initialized; initialize the float model, quantize it then."
+            )
+        super().reset_parameters()  # type: ignore[misc]  # of the float class
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         storage = {id(self._parameters[name]) for name in self.storage_names()}
@@ -307,12 +347,19 @@ class QuantizedModule(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        how = self.weights
-        if self.weights == "int8":
-            how += ", symmetric" if self.symmetric else ", asymmetric"
-        if self.activations is not None:
-            how += f", activations={self.activations}"
+        how = self.quantization.weights
+        if how == "int8":
+            how += ", symmetric" if self.quantization.symmetric else ", asymmetric"
+        if self.quantization.activations is not None:
+            how += f", activations={self.quantization.activations}"
         return f"{super().extra_repr()}, weights={how}"
+
+
+def _names_of(module: nn.Module) -> set[str]:
+    """The names by which a module and its classes, other than torch's, have attributes."""
+    own = [vars(module), module._parameters, module._buffers, module._modules]
+    classes = [vars(cls) for cls in type(module).__mro__ if cls.__module__.partition(".")[0] != "torch"]
+    return {name for names in (*own, *classes) for name in names}
 
 
 def _twin(module: nn.Module, cls: type[nn.Module]) -> Any:

@@ -42,7 +42,7 @@ class QuantizedConv1DProjection(QuantizedModule, Conv1D):
             None if scale is None else scale.t(),
             None if zero_point is None else zero_point.t(),
             self.bias,
-            self.activations,
+            self.quantization.activations,
         )
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mono_quant_hf import kernels
 
-from .base import QuantizedModule
+from .base import Quantization, QuantizedModule
 from .operand import QuantizedOperand
 from .own_forward import OwnForward, quantized_form
 from .registry import register_quantized_class, register_quantized_class_finder
@@ -32,17 +32,16 @@ class _Table(QuantizedModule):
             return "its max_norm renormalizes the rows in place"
         return super().refuses(module)
 
-    def companions(self, weight_name: str) -> list[str]:
+    @classmethod
+    def companions(cls, weight_name: str) -> list[str]:
         return [*super().companions(weight_name), "vector_dtype"]
 
-    def _set_up_storage(
-        self, weights: str, symmetric: bool, float_class: type[nn.Module], name: str | None
-    ) -> None:
+    def _set_up_storage(self, quantization: Quantization) -> None:
         weight = self.get_parameter("weight")
         like = torch.ones(1, dtype=weight.dtype, device=weight.device)
         # First, for the sake of PreTrainedModel.dtype.
         self._parameters = {"vector_dtype": nn.Parameter(like, requires_grad=False), **self._parameters}
-        super()._set_up_storage(weights, symmetric, float_class, name)
+        super()._set_up_storage(quantization)
 
     def quantized_tensors(self, weight_name: str, weight: Tensor) -> dict[str, Tensor]:
         like = torch.ones(1, dtype=self.get_parameter("vector_dtype").dtype, device=weight.device)

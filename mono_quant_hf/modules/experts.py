@@ -59,9 +59,10 @@ class QuantizedExperts(OwnForward):
     def _quantize(self, weight_name: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         # One expert at a time: rounding takes a float32 copy, and all experts of a layer are a large part of a model.
         _, out_axis = self.weight_axes[weight_name]  # type: ignore[misc]
-        experts = [quantize_to_codes(expert, self.symmetric, out_axis - 1) for expert in weight]
+        symmetric = self.quantization.symmetric
+        experts = [quantize_to_codes(expert, symmetric, out_axis - 1) for expert in weight]
         codes, scales, zero_points = zip(*experts, strict=True)
-        return torch.stack(codes), torch.stack(scales), None if self.symmetric else torch.stack(zero_points)
+        return torch.stack(codes), torch.stack(scales), None if symmetric else torch.stack(zero_points)
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(self.get_parameter(name).shape)}" for name in self.weight_axes)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mono_quant_hf import kernels
 
-from .base import QuantizedModule, weights_of_dtype
+from .base import Quantization, QuantizedModule, weights_of_dtype
 from .registry import register_quantized_class
 
 
@@ -46,7 +46,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, bias)
         weight = self._parameters["weight"]
         assert weight is not None
-        self._set_up_storage(weights, symmetric, nn.Linear, None)
+        self._set_up_storage(Quantization(weights, symmetric or weights != "int8", None, nn.Linear))
         if weight.device.type != "meta":
             for name, tensor in self.quantized_tensors("weight", weight).items():
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
@@ -63,7 +63,12 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         self.check_input(input)
         return kernels.linear(
-            input, self.weight, self.weight_scale, self.weight_zero_point, self.bias, self.activations
+            input,
+            self.weight,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            self.quantization.activations,
         )
 
 

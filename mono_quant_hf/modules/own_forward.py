@@ -21,24 +21,27 @@ class OwnForward(QuantizedModule):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        view = _twin(self, self.float_class)
+        view = _twin(self, self.quantization.float_class)
         for name in self.weight_axes:
             view._parameters[name] = self._operand(name)
         config = view.__dict__.get("config")
         if hasattr(config, "_experts_implementation"):
             view.__dict__["config"] = _EagerExperts(config)
-        return self.float_class.forward(view, *args, **kwargs)
+        return self.quantization.float_class.forward(view, *args, **kwargs)
 
     def _operand(self, name: str) -> QuantizedOperand:
         stored, axes = self.get_parameter(name), self.weight_axes[name]
         scale, zero_point = self._parameters[f"{name}_scale"], self._parameters[f"{name}_zero_point"]
         out_axis = axes if isinstance(axes, int) else max(axes)
-        return QuantizedOperand(stored, scale, zero_point, out_axis == stored.dim() - 1, self.activations)
+        return QuantizedOperand(
+            stored, scale, zero_point, out_axis == stored.dim() - 1, self.quantization.activations
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so that pickle would not find it by its name.
         base = next(cls for cls in type(self).__mro__ if cls in _MADE_FROM)
-        return _new_instance, (base, self.float_class, tuple(self.weight_axes.items())), self.__dict__.copy()
+        arguments = (base, self.quantization.float_class, tuple(self.weight_axes.items()))
+        return _new_instance, arguments, self.__dict__.copy()
 
 
 _MADE_FROM: set[type[OwnForward]] = set()

@@ -168,7 +168,10 @@ def test_float_modules_and_half_weights_stay_as_the_config_says():
     )
     model = quantize_model(tiny_models.llama(), config, calibration=batches(0, 2))
     layer = model.model.layers[0]
-    assert layer.self_attn.o_proj.weights == "float16" and layer.mlp.up_proj.weights == "int8"
+    assert (
+        layer.self_attn.o_proj.quantization.weights == "float16"
+        and layer.mlp.up_proj.quantization.weights == "int8"
+    )
     assert type(layer.self_attn.q_proj) is nn.Linear
 
 

@@ -18,7 +18,7 @@ def int8_way():
 
 
 def activations_of(model):
-    return {n: m.activations for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    return {n: m.quantization.activations for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
 
 
 def test_config_overrides_save_and_reload(tmp_path):

@@ -177,7 +177,7 @@ def dequantized_by_hand(model):
         if not isinstance(module, QuantizedModule):
             continue
         plain = module.to_float()
-        if module.weights == "int8":
+        if module.quantization.weights == "int8":
             zero_point = 0 if module.weight_zero_point is None else module.weight_zero_point.float()
             plain.weight.data = (module.weight.float() - zero_point) * module.weight_scale
         twin.set_submodule(name, plain)

@@ -42,7 +42,7 @@ def stored(folder):
 def test_shards_and_what_is_in_them(family, weights, symmetric, tmp_path):
     model = quantized(family, tmp_path, MonoQuantConfig(weights=weights, symmetric=symmetric))
     experts = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
-    assert experts and all(module.weights == weights for module in experts)
+    assert experts and all(module.quantization.weights == weights for module in experts)
     model.save_pretrained(tmp_path / "quantized", max_shard_size="60KB")
     assert len(list((tmp_path / "quantized").glob("*.safetensors"))) > 2
     again = family.model_class.from_pretrained(tmp_path / "quantized").eval()

@@ -138,7 +138,10 @@ def test_what_rounds_its_inputs_does_so_again(second, tmp_path):
     save_quantized(saved, tmp_path / "model")
     loaded = load_quantized(three_layers, tmp_path / "model")
     expected = ["int8", None if second else "int8", None]
-    assert [[m.activations for m in either] for either in (saved, loaded)] == [expected, expected]
+    assert [[m.quantization.activations for m in either] for either in (saved, loaded)] == [
+        expected,
+        expected,
+    ]
 
 
 def test_saving_again_gives_the_same_checksums(folder, tmp_path):

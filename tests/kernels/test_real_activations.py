@@ -30,8 +30,8 @@ def test_every_token_and_layer_of_smollm2_is_60_decibels_from_float_arithmetic(s
             error = (result.double() - exact).square().sum(-1)
             decibels = 10 * torch.log10(exact.square().sum(-1) / error.clamp_min(1e-30))
             worst = float(decibels.min())
-            if worst < lowest.get(module.module_name, (float("inf"), 0))[0]:
-                lowest[module.module_name] = worst, rows.start + int(decibels.argmin())
+            if worst < lowest.get(module.quantization.module_name, (float("inf"), 0))[0]:
+                lowest[module.quantization.module_name] = worst, rows.start + int(decibels.argmin())
         steepest = max(steepest, float((x.abs().amax(-1) / x.abs().median(-1).values).max()))
 
     for module in model.modules():

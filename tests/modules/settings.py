@@ -52,5 +52,5 @@ def check_storage_survives(quantized, survivor, before):
     for name in quantized.storage_names():
         tensor = survivor.state_dict()[name]
         assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype
-    assert survivor.symmetric == quantized.symmetric and survivor.weights == quantized.weights
+    assert survivor.quantization == quantized.quantization
     assert type(survivor) is type(quantized)

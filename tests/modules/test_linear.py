@@ -124,7 +124,7 @@ def test_nothing_is_lost(dtype, symmetric, survive):
             )
     x = torch.randn(2, 20)
     torch.testing.assert_close(survivor(x), quantized(x), rtol=1e-2, atol=1e-2)
-    assert survivor.symmetric == quantized.symmetric and survivor.weights == quantized.weights
+    assert survivor.quantization == quantized.quantization
 
 
 def test_to_dtype_casts_the_bias_as_it_does_for_a_linear():

@@ -1,0 +1,78 @@
+"""What would change codes as if they were weights is right, or one clear sentence."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mono_quant_hf import MonoQuantConfig, quantize_model
+from mono_quant_hf.modules import quantize_linear_module
+from tests import tiny_models
+from tests.tiny_models import logits
+
+WEIGHTS = pytest.mark.parametrize("weights", ["int8", "float16"])
+
+
+@WEIGHTS
+@pytest.mark.parametrize("multi_avg_fn", [None, get_ema_multi_avg_fn(0.9)], ids=["mean", "ema"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_torch_averages_no_codes(multi_avg_fn, weights, inside):
+    model = quantize_model(tiny_models.llama(layers=1), MonoQuantConfig(weights=weights))
+    with pytest.raises(ValueError, match="average the float model and quantize the result"):
+        AveragedModel(nn.Sequential(model) if inside else model, multi_avg_fn=multi_avg_fn)
+    AveragedModel(tiny_models.llama(layers=1), multi_avg_fn=multi_avg_fn)
+
+
+@WEIGHTS
+def test_diffusers_leaves_codes_as_they_are(weights):
+    ema_model = pytest.importorskip("diffusers.training_utils").EMAModel
+    model = quantize_model(tiny_models.llama(layers=1), MonoQuantConfig(weights=weights))
+    expected = logits(model)
+    ema = ema_model(model.parameters(), decay=0.9)
+    for _ in range(3):
+        ema.step(model.parameters())
+    ema.copy_to(model.parameters())
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_float_average_of_state_dicts_is_refused():
+    model = quantize_model(tiny_models.llama(layers=1))
+    expected, state = logits(model), copy.deepcopy(model.state_dict())
+    average = {name: 0.9 * tensor + 0.1 * state[name] for name, tensor in state.items()}
+    with pytest.raises(RuntimeError, match="load float weights into a float model and quantize it then"):
+        model.load_state_dict(average)
+    model.load_state_dict(state)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding, nn.Conv2d])
+def test_codes_are_not_initialized(kind):
+    layer = kind(8, 8, *[3] * (kind is nn.Conv2d))
+    model = nn.Sequential(layer, nn.ReLU())
+    config = MonoQuantConfig(quantize_embeddings=True)
+    quantize_model(model, config)
+    with pytest.raises(TypeError, match="0 is quantized and cannot be initialized"):
+        model[0].reset_parameters()
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(8), nn.LazyConv2d(8, 3)], ids=["linear", "conv"])
+def test_a_lazy_module_is_named_until_it_has_run(lazy):
+    model = nn.Sequential(copy.deepcopy(lazy), nn.ReLU())
+    with pytest.raises(ValueError, match=r"0\.weight is not initialized; run the model once"):
+        quantize_model(model)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    quantize_model(model)
+    assert tiny_models.relative_error(model(x), expected) < 0.02
+    with pytest.raises(ValueError, match="its weight is not initialized; run the model once"):
+        quantize_linear_module(nn.LazyLinear(8))
+
+
+def test_gradients_are_clipped_and_vectors_made():
+    model = quantize_model(tiny_models.llama(layers=1))
+    model(input_ids=tiny_models.TOKENS, labels=tiny_models.TOKENS).loss.backward()
+    assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 0
+    with pytest.raises(RuntimeError, match="floating point dtype can require gradients"):
+        model.requires_grad_(True)
