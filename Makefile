@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CHECKED := mono_quant_hf tests $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-versions lint format clean
+.PHONY: help demo test test-peers test-versions memcheck lint format clean
 
 help:  ## say what can be made
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,15 @@ test-peers: $(VENV)/.peers  ## run what the README says of torchao and optimum-q
 
 test-versions:  ## run them with the oldest and the newest torch, transformers and accelerate, in two more environments
 	$(PYTHON) .ci/test_versions.py $(ARGS)
+
+# valgrind knows no AVX-512, so that the kernels are compiled for a processor without; the first run fills their cache.
+MEMCHECK := NUMBA_CACHE_DIR=$(VENV)/memcheck ATEN_CPU_CAPABILITY=default PYTHONMALLOC=malloc \
+	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma,+f16c
+
+memcheck: $(VENV)/.test  ## look for wrong reads and writes of the kernels with valgrind (some minutes, x86)
+	$(MEMCHECK) $(BIN)/python tests/kernels/memcheck.py
+	$(MEMCHECK) valgrind --quiet --error-exitcode=1 --undef-value-errors=no --smc-check=all-non-file \
+		--suppressions=tests/kernels/memcheck.supp $(BIN)/python tests/kernels/memcheck.py
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .

@@ -115,12 +115,6 @@ def _recorded(checksums: str, there: set[int]) -> dict[int, list[int]]:
     return recorded
 
 
-def are_named(checksums: str | None, names: Iterable[str]) -> bool:
-    """Whether checksums are of a save of tensors of exactly these names; False without checksums."""
-    there = {_of_name(name) for name in (*names, SETTINGS)}
-    return checksums is not None and _recorded(checksums, there).keys() == there
-
-
 def _written_by(
     model: PreTrainedModel, state: dict[str, Tensor]
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -35,7 +35,7 @@ from .checkpoint import (
     read_headers,
 )
 from .conversions import QuantizeWeights, checkpoint_of, keep_conversions
-from .fingerprints import are_named, check_fingerprints, checksums_of
+from .fingerprints import check_fingerprints, checksums_of
 from .placement import keep_tied_together
 from .read_ahead import ReadAhead
 from .resizing import make_resizable, undo_resizable
@@ -134,7 +134,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self.decisions = decide_by_checkpoint(model, self.planned, config, checkpoint)
         promised = any(decision.quantized for decision in self.planned)
         holds_codes = any(decision.quantized for decision in self.decisions)
-        if files and promised and not holds_codes and not are_named(self.checksums, checkpoint.stored):
+        if files and promised and not holds_codes:
             # The config of a quantized model, put beside the files of a float one.
             logger.warning(
                 "%s holds float weights only, though its config.json says %s: it is loaded as a float model. Save it "
@@ -152,7 +152,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         )
         if not files:
             return
-        complete = type(model).__name__ in (model.config.architectures or ())
+        complete = type(model).__name__ in (model.config.architectures or [type(model).__name__])
         check_stored_tensors(model, checkpoint, complete=complete, exact=complete and self.checksums is None)
         if self.checksums is not None:
             aliases = aliases_of(model)

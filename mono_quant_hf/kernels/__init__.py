@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import expansion, operators, portable
 from .choice import KERNELS, Choice, choose, get_kernel, set_kernel, use_kernel
+from .operands import check, check_kinds
 from .plain import is_plain
 from .quantization import quantize
 
@@ -45,7 +46,8 @@ def linear(
         [..., N] in the dtype of `x`, with and without autocast.
 
     Raises:
-        TypeError: `x` is not floating.
+        TypeError: `x` is not floating; `weight`, `scale` and `zero_point` are neither of the two kinds.
+        RuntimeError: a shape or a device that does not fit; memory that was freed.
 
     Weight, scale and zero-point are constants: gradients flow to `x` and to `bias`, exactly those of the
     dequantized weight, which is not kept between forward and backward.
@@ -55,20 +57,17 @@ def linear(
         >>> linear(torch.ones(1, 2), codes, scale=torch.tensor([[0.5], [1.0]]))
         tensor([[ -5., 127.]])
     """
-    if not x.is_floating_point():
-        raise TypeError(
-            f"the input of a quantized linear must be floating, got {x.dtype}: convert it to float32, "
-            f"bfloat16 or float16, and look for what cast it (the dtype of the quantized weight is {weight.dtype})"
-        )
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if activations is not None and scale is not None:
         result = operators.call_int8_activations(x, weight, scale, zero_point, bias)
         if result is not None:
             return result
-    if not wants_grad and is_plain(x, weight):
+    plain = is_plain(x, weight, scale, zero_point, bias)
+    if plain and not wants_grad:
         return operators.compute(x, weight, scale, zero_point, bias)
     if get_kernel() == "portable" or not (x.is_cpu or x.is_meta):
         # In plain operations, which a compiler fuses: the expansion never reaches memory there.
+        (check if plain else check_kinds)(x, weight, scale, zero_point, bias)
         return portable.linear(x, weight, scale, zero_point, bias)
     return operators.call(x, weight, scale, zero_point, bias)
 
@@ -93,6 +92,16 @@ def expand(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The float weight `(weight - zero_point) * scale` in `dtype`, of any number of dimensions.
+
+    Args:
+        weight: int8 codes, or floating.
+        scale: floating, broadcast against the codes; None for a floating weight.
+        zero_point: int8, broadcast as the scale, or None for symmetric codes.
+        dtype: floating.
+
+    Raises:
+        TypeError: another dtype.
+        RuntimeError: a shape or a device that does not fit; memory that was freed.
 
     Example:
         >>> codes = torch.tensor([[-128, 127]], dtype=torch.int8)

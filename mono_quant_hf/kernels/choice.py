@@ -102,24 +102,22 @@ def choose(x: Tensor, weight: Tensor, activations: str | None = None) -> Choice:
         >>> choose(torch.ones(1, 8, device="meta"), torch.ones(4, 8, dtype=torch.int8, device="meta"))
         Choice(name='portable', reason='the device is meta')
     """
-    tokens = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+    n, k = weight.shape
+    tokens = x.numel() // k if k else 0
     refused = ""
     if activations is not None:
-        int8 = decide_int8(
-            x.device.type, x.dtype, weight.dtype, tokens, *weight.shape, is_small(weight), _setting
-        )
+        int8 = decide_int8(x.device.type, x.dtype, weight.dtype, tokens, n, k, is_small(n, k), _setting)
         if int8.name == "int8":
             return int8
         refused = f"no int8 activations, as {int8.reason}; "
-    choice = decide(
-        x.device.type, x.dtype, weight.dtype, tokens, weight.is_contiguous(), is_small(weight), _setting
-    )
+    contiguous = weight.is_contiguous()
+    choice = decide(x.device.type, x.dtype, weight.dtype, tokens, contiguous, is_small(n, k), _setting)
     return Choice(choice.name, refused + choice.reason)
 
 
-def is_small(weight: Tensor) -> bool:
+def is_small(n: int, k: int) -> bool:
     """Whether calling a kernel takes longer than its arithmetic, in whichever way."""
-    return weight.numel() <= 4096
+    return n * k <= 4096
 
 
 @lru_cache(maxsize=4096)

@@ -1,12 +1,17 @@
 """The inner loops, compiled by Numba for the processor they run on. All of them, in this one file: Numba's
 cache on disk notices a change of the file a function stands in, and of no other.
 
+No memory is allocated here, nor counted: Numba is told to compile without its runtime (`_nrt=False`), so that a
+function that makes an array is not compiled at all. All scratch stands in one *workspace*, which the caller owns for
+the length of the call (see cpu.py); `_lay_out` is the only place that divides it.
+
 Three levels, bottom up:
 
 1. *tile*: the dot products of R rows of the weight with T rows of x, all kept in registers, written as LLVM
    vectors, since no loop that Numba accepts becomes `vpmaddwd` reliably;
 2. *worker*: takes chunks of rows off a shared counter until none are left; one runs in each thread;
-3. *entry*: what Python calls, with addresses as integers (unpacking arrays costs more than a small layer).
+3. *entry*: what Python calls, with addresses as integers (unpacking arrays costs more than a small layer). It gives
+   the bytes that its workspace must have, and has done nothing, where the one it was given is too small; else 0.
 
 The threads are those of torch itself: the entry calls the same OpenMP runtime torch is linked to. A second
 pool would fight with torch's, whose threads spin for a while after each of their own loops.
@@ -21,6 +26,8 @@ from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic as _intrinsic
+
+from .compile_cache import Cache
 
 numba: Any = _numba  # a type checker cannot follow what these two make of a function
 intrinsic: Any = _intrinsic
@@ -333,44 +340,23 @@ if HALF:
 
 # ---------------------------------------------------------------- compiling
 
-CACHED = True
+CACHE = Cache(__file__)
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
+_inline = numba.njit(**_OPTIONS)  # compiled into its callers, and cached with them
+_inline_reordered = numba.njit(**_OPTIONS, fastmath={"reassoc", "nsz", "contract"})
+_worker = CACHE.compile(numba.cfunc, types.void(types.int64), **_OPTIONS)
 
-
-def _compile(kind: Any, *args: Any, **options: Any) -> Any:
-    """`numba.njit` or `numba.cfunc` with the cache on disk, or without it where no folder can be written."""
-
-    def decorate(function: Any) -> Any:
-        global CACHED
-        options.update(error_model="numpy")
-        if kind is numba.njit:
-            options.update(nogil=True)
-        try:
-            return kind(*args, cache=True, **options)(function)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            CACHED = False
-            return kind(*args, **options)(function)
-
-    return decorate
-
-
-def _inline(function: Any) -> Any:
-    return _compile(numba.njit)(function)
-
-
-_worker = _compile(numba.cfunc, types.void(types.voidptr))
-
-# ---------------------------------------------------------------- what a worker is told: int64 slots
+# ---------------------------------------------------------------- the workspace: int64 slots, then the parts
 
 (
-    _COUNTER,  # next chunk of rows
-    _PREPARED,  # next token to prepare
+    _COUNTER,  # the next chunk of rows, or token
+    _WORKERS,  # how many have begun, each with a slice of its own
     _CHUNK,  # rows in a chunk
     _N,
     _K,
     _M,
-    _WEIGHT,  # addresses from here on; 0: there is none
+    _FEW,  # how many columns of x are outliers, where the others are int8; 0: all codes are int16
+    _WEIGHT,  # addresses of the caller's; 0: there is none
     _SCALE,
     _ZERO_POINT,
     _BIAS,
@@ -378,17 +364,53 @@ _worker = _compile(numba.cfunc, types.void(types.voidptr))
     _X,  # as given
     _DTYPE,  # of x and of the result
     _OUT,
+    _SLICE_BYTES,  # of one worker's slice
+    _SLICES,  # addresses of the parts of the workspace from here on: a slice for each worker
     _FLOATS,  # x in float32 [M, K]
     _SUMS,  # of the rows of x, or of their codes: float64 [2 M]
-    _CODES,  # of x: int16 [2 M, K]; rows M to 2 M are second planes
     _STEPS,  # the scale of each row of codes: float32 [2 M]; a second plane of 0 is not there, a first of -1
     # has no codes (NaN, infinite or tiny values) and is computed in floats
-    _FEW,  # how many columns of x are outliers, where the others are int8; 0: all codes are int16
-    _COLUMNS,  # which: int64 [FEW]; `_CODES` is of them alone, [M, FEW], then
+    _CODES,  # of x: int16 [2 M, K]; rows M to 2 M are second planes
+    _COLUMNS,  # which are outliers: int64 [FEW]; `_CODES` is of them alone, [M, FEW], then
     _BYTES,  # the codes of the others, 128 added: uint8 [M + 1, K], 128 for outliers; the last row is all ones
     _PEAKS,  # the bits of the largest |x| of each column: int32 [K]
     _SLOTS,
-) = range(23)
+) = range(25)
+_LINE = 64  # bytes: what a part begins at a multiple of, so that no two workers write one line of the cache
+
+
+@_inline
+def _whole_lines(size):  # type: ignore[no-untyped-def]
+    return (size + (_LINE - 1)) // _LINE * _LINE
+
+
+@_inline
+def _lay_out(workspace, room, threads, slice_bytes, sizes):  # type: ignore[no-untyped-def]
+    """0, and the slots of the parts filled with addresses; or the bytes to have, where they are more than `room`.
+
+    `sizes` are the bytes of the parts after the slices, in the order of their slots; what is left out has none.
+    """
+    slices = _whole_lines(8 * _SLOTS)
+    parts = slices + threads * _whole_lines(slice_bytes)
+    end = parts
+    for size in sizes:
+        end += _whole_lines(size)
+    if end > room:
+        return end
+    a = _int64_at(workspace)
+    a[_SLICE_BYTES], a[_SLICES] = _whole_lines(slice_bytes), workspace + slices
+    place = workspace + parts
+    for i in range(len(sizes)):
+        a[_SLICES + 1 + i] = place
+        place += _whole_lines(sizes[i])
+    return 0
+
+
+@_inline
+def _own_slice(work):  # type: ignore[no-untyped-def]
+    """The address of scratch that no other worker has."""
+    a = _int64_at(work)
+    return a[_SLICES] + a[_SLICE_BYTES] * _next(work + 8 * _WORKERS)
 
 
 @_inline
@@ -429,7 +451,7 @@ def _widen(a, token):  # type: ignore[no-untyped-def]
     return floats
 
 
-@_compile(numba.njit, fastmath={"reassoc", "nsz", "contract"})
+@_inline_reordered
 def _sum(x, k):  # type: ignore[no-untyped-def]
     values = _float_at(x)
     total = 0.0
@@ -466,7 +488,7 @@ def _quantize_rest(values, k, codes, step, rest, rest_step):  # type: ignore[no-
     return total
 
 
-@_compile(numba.njit, fastmath={"reassoc", "nsz", "contract"})
+@_inline_reordered
 def _size(x, k):  # type: ignore[no-untyped-def]
     """(bits of the largest |x|, sum of |x|). As integers, absolute floats keep their order, NaN on top."""
     bits, values = _int32_at(x), _float_at(x)
@@ -507,8 +529,8 @@ def _prepare_codes(a, token):  # type: ignore[no-untyped-def]
 
 @_worker
 def _prepare(work):  # type: ignore[no-untyped-def]
-    a = numba.carray(work, (_SLOTS,), np.int64)
-    counter = a.ctypes.data + 8 * _PREPARED
+    a = _int64_at(work)
+    counter = work + 8 * _COUNTER
     while True:
         token = _next(counter)
         if token >= a[_M]:
@@ -547,7 +569,7 @@ def _integer_dots(rows, tokens, w, x, k, sums):  # type: ignore[no-untyped-def]
                     _int_tail(w + done + k * r, 0, x + 2 * (done + k * t), 0, begin - done, place)
 
 
-@_compile(numba.njit, fastmath={"reassoc", "contract"})
+@numba.njit(**_OPTIONS, fastmath={"reassoc", "contract"})
 def _plain_dot(w, x, k, zero_point):  # type: ignore[no-untyped-def]
     """One dot product as float arithmetic has it, NaN and infinity included."""
     codes, values = _int8_at(w), _float_at(x)
@@ -624,10 +646,10 @@ def _raise_peaks(peaks, bits, count):  # type: ignore[no-untyped-def]
 
 @_worker
 def _peaks_worker(work):  # type: ignore[no-untyped-def]
-    a = numba.carray(work, (_SLOTS,), np.int64)
+    a = _int64_at(work)
     k, m, chunk = a[_K], a[_M], a[_CHUNK]
-    wide = np.empty(chunk, np.int32)
-    counter = a.ctypes.data + 8 * _COUNTER
+    wide = _own_slice(work)
+    counter = work + 8 * _COUNTER
     while True:
         first = _next(counter) * chunk
         if first >= k:
@@ -637,23 +659,30 @@ def _peaks_worker(work):  # type: ignore[no-untyped-def]
         for token in range(m):
             bits = a[_X] + 4 * (token * k + first)
             if a[_DTYPE] != FLOAT32:
-                bits = wide.ctypes.data
+                bits = wide
                 _widen_row(a[_X] + 2 * (token * k + first), count, bits)
             _raise_peaks(a[_PEAKS] + 4 * first, bits, count)
 
 
 @_inline
-def _choose_columns(peaks, few, columns):  # type: ignore[no-untyped-def]
-    """The `few` columns with the largest peaks, in their order."""
-    threshold = np.partition(peaks, peaks.size - few)[peaks.size - few]
+def _choose_columns(a):  # type: ignore[no-untyped-def]
+    """The `_FEW` columns with the largest peaks, in their order."""
+    k, few, peaks, columns = a[_K], a[_FEW], _int32_at(a[_PEAKS]), _int64_at(a[_COLUMNS])
+    threshold = np.int32(0)  # the largest number that `few` peaks reach, found bit by bit
+    for bit in range(30, -1, -1):
+        higher = np.int32(threshold | np.int32(np.int32(1) << np.int32(bit)))
+        reached = 0
+        for i in range(k):
+            reached += peaks[i] >= higher
+        if reached >= few:
+            threshold = higher
     ties = few
-    for i in range(peaks.size):
+    for i in range(k):
         ties -= peaks[i] > threshold
     place = 0
-    for i in range(peaks.size):
-        if peaks[i] == threshold:
-            ties -= 1
-        if peaks[i] > threshold or (peaks[i] == threshold and ties >= 0):
+    for i in range(k):
+        if peaks[i] > threshold or (peaks[i] == threshold and ties > 0):
+            ties -= peaks[i] == threshold
             columns[place] = i
             place += 1
 
@@ -705,14 +734,14 @@ def _prepare_bytes(a, token, scratch):  # type: ignore[no-untyped-def]
 
 @_worker
 def _bytes_worker(work):  # type: ignore[no-untyped-def]
-    a = numba.carray(work, (_SLOTS,), np.int64)
-    scratch = np.empty(a[_K], np.float32)
-    counter = a.ctypes.data + 8 * _PREPARED
+    a = _int64_at(work)
+    scratch = _own_slice(work)
+    counter = work + 8 * _COUNTER
     while True:
         token = _next(counter)
         if token >= a[_M]:
             return
-        _prepare_bytes(a, token, scratch.ctypes.data)
+        _prepare_bytes(a, token, scratch)
 
 
 @_inline
@@ -765,18 +794,24 @@ def _tile_dots(a, rows, tokens, row, token, few_weights, offset, sums):  # type:
     _byte_dots(rows, tokens, w, x, k, few_weights, few_x, few, sums)
 
 
+@_inline
+def _integer_slice(chunk, few):  # type: ignore[no-untyped-def]
+    """Bytes of `_tell_rows`, of float32 offsets and sums and one sum more, and of the outlier columns of a chunk."""
+    return 8 * 3 * chunk + 4 * (chunk + _ROWS * _TOKENS + 1) + few * chunk
+
+
 @_worker
 def _integer_worker(work):  # type: ignore[no-untyped-def]
     """int8 codes by the codes of x: int16 ones, or int8 ones with the few outlier columns as int16."""
-    a = numba.carray(work, (_SLOTS,), np.int64)
+    a = _int64_at(work)
     n, k, m, chunk, few = a[_N], a[_K], a[_M], a[_CHUNK], a[_FEW]
-    floats, doubles = np.empty(chunk + _ROWS * _TOKENS + 1, np.float32), np.empty(3 * chunk)
-    gathered = np.empty(chunk * few, np.int8)
-    offsets, told, few_weights = floats.ctypes.data, doubles.ctypes.data, gathered.ctypes.data
+    told = _own_slice(work)  # see _integer_slice
+    offsets = told + 8 * 3 * chunk
     sums = offsets + 4 * chunk
     extra = sums + 4 * _ROWS * _TOKENS
+    few_weights = extra + 4
     steps, totals = _float_at(a[_STEPS]), _double_at(a[_SUMS])
-    counter = a.ctypes.data + 8 * _COUNTER
+    counter = work + 8 * _COUNTER
     following = _next(counter) * chunk
     while following < n:
         first, following = following, _next(counter) * chunk
@@ -814,11 +849,11 @@ def _integer_worker(work):  # type: ignore[no-untyped-def]
 @_worker
 def _float_worker(work):  # type: ignore[no-untyped-def]
     """int8 codes by float32."""
-    a = numba.carray(work, (_SLOTS,), np.int64)
+    a = _int64_at(work)
     n, k, m, chunk = a[_N], a[_K], a[_M], a[_CHUNK]
-    scratch = np.empty(_ROWS, np.float32)
-    sums = scratch.ctypes.data
-    counter = a.ctypes.data + 8 * _COUNTER
+    sums = _own_slice(work)
+    dots = _float_at(sums)
+    counter = work + 8 * _COUNTER
     totals = _double_at(a[_SUMS])
     steps = k // _LANES
     done = steps * _LANES
@@ -841,7 +876,7 @@ def _float_worker(work):  # type: ignore[no-untyped-def]
                 for r in range(rows):
                     if done < k:
                         _code_tail(w + k * r + done, 0, x + 4 * done, 0, k - done, sums + 4 * r)
-                    total = np.float64(scratch[r])
+                    total = np.float64(dots[r])
                     if a[_ZERO_POINT] != 0:
                         zero_point = np.float64(_int8_at(a[_ZERO_POINT])[row + r])
                         total -= zero_point * totals[token]
@@ -856,11 +891,11 @@ if HALF:
     @_worker
     def _half_worker(work):  # type: ignore[no-untyped-def]
         """float16 weights by float32."""
-        a = numba.carray(work, (_SLOTS,), np.int64)
+        a = _int64_at(work)
         n, k, m, chunk = a[_N], a[_K], a[_M], a[_CHUNK]
-        scratch = np.empty(_ROWS * _TOKENS, np.float32)
-        sums = scratch.ctypes.data
-        counter = a.ctypes.data + 8 * _COUNTER
+        sums = _own_slice(work)
+        dots = _float_at(sums)
+        counter = work + 8 * _COUNTER
         steps = k // _LANES
         done = steps * _LANES
         while True:
@@ -890,16 +925,16 @@ if HALF:
                             if done < k:
                                 at_w, at_x = w + 2 * (k * r + done), x + 4 * (k * i + done)
                                 _half_tail(at_w, 0, at_x, 0, k - done, sums + 4 * place)
-                            _finish(a, row + r, token + i, np.float64(scratch[place]))
+                            _finish(a, row + r, token + i, np.float64(dots[place]))
                     row += rows
                 token += tokens
 
 
 @_worker
 def _expand_worker(work):  # type: ignore[no-untyped-def]
-    a = numba.carray(work, (_SLOTS,), np.int64)
+    a = _int64_at(work)
     n, k, chunk = a[_N], a[_K], a[_CHUNK]
-    counter = a.ctypes.data + 8 * _COUNTER
+    counter = work + 8 * _COUNTER
     while True:
         first = _next(counter) * chunk
         if first >= n:
@@ -947,9 +982,9 @@ def _encode(row, k, codes, scale, zero_point, lowest):  # type: ignore[no-untype
 @_worker
 def _encode_worker(work):  # type: ignore[no-untyped-def]
     """Float32 rows to codes, as core.quantize_to_codes, to the bit; the scale of a row without a range is NaN."""
-    a = numba.carray(work, (_SLOTS,), np.int64)
+    a = _int64_at(work)
     n, k, chunk = a[_N], a[_K], a[_CHUNK]
-    counter = a.ctypes.data + 8 * _COUNTER
+    counter = work + 8 * _COUNTER
     while True:
         first = _next(counter) * chunk
         if first >= n:
@@ -980,14 +1015,17 @@ def _encode_worker(work):  # type: ignore[no-untyped-def]
 
 _LITTLE = 1 << 17  # multiply-adds that one thread finishes before a second could start
 _NEAR = 1 << 18  # bytes of weight a chunk may take of a core's own cache
+_PEAK_COLUMNS = 256  # of x, whose peaks a worker of `_peaks_worker` finds at once
 
 
 @_inline
-def _run(launcher, worker, a, threads):  # type: ignore[no-untyped-def]
+def _run(launcher, worker, work, threads):  # type: ignore[no-untyped-def]
+    a = _int64_at(work)
+    a[_COUNTER] = a[_WORKERS] = 0
     if threads <= 1:
-        _call(worker, a.ctypes.data)
+        _call(worker, work)
     else:
-        _fork_join(launcher, worker, a.ctypes.data, threads)
+        _fork_join(launcher, worker, work, threads)
 
 
 @_inline
@@ -997,67 +1035,105 @@ def _chunk(n, row_bytes, threads):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _begin(n, k, m, weight, scale, zero_point, bias, bias_dtype, x, dtype, out):  # type: ignore[no-untyped-def]
-    a = np.empty(_SLOTS, np.int64)
-    a[_COUNTER], a[_PREPARED], a[_N], a[_K], a[_M], a[_FEW] = 0, 0, n, k, m, 0
+def _tell(work, n, k, m, few, weight, scale, zero_point, bias, bias_dtype, x, dtype, out):  # type: ignore[no-untyped-def]
+    a = _int64_at(work)
+    a[_N], a[_K], a[_M], a[_FEW] = n, k, m, few
     a[_WEIGHT], a[_SCALE], a[_ZERO_POINT] = weight, scale, zero_point
     a[_BIAS], a[_BIAS_DTYPE], a[_X], a[_DTYPE], a[_OUT] = bias, bias_dtype, x, dtype, out
+    if dtype == FLOAT32:
+        a[_FLOATS] = x
     return a
 
 
-@_compile(numba.njit, types.void(*[types.int64] * 15))
+@_inline
+def _by_rows(work, room, launcher, worker, threads, n, k, weight, scale, zero_point, x, out):  # type: ignore[no-untyped-def]
+    """A pass over the rows of a matrix, without scratch."""
+    if n * k < _LITTLE // 4:
+        threads = 1
+    missing = _lay_out(work, room, 0, 0, (0,))
+    if missing != 0:
+        return missing
+    a = _tell(work, n, k, 0, 0, weight, scale, zero_point, 0, 0, x, FLOAT32, out)
+    a[_CHUNK] = _chunk(n, 4 * k, threads)
+    _run(launcher, worker, work, threads)
+    return 0
+
+
+_DISPATCHERS: list[Any] = []  # own the compiled entries
+
+
+def _entry(addresses_and_sizes: int) -> Any:
+    """What the dispatcher would call, in a third of its time."""
+
+    def decorate(function: Any) -> Any:
+        signature = types.int64(*[types.int64] * addresses_and_sizes)
+        dispatcher = CACHE.compile(numba.njit, signature, nogil=True, **_OPTIONS)(function)
+        _DISPATCHERS.append(dispatcher)
+        return dispatcher.overloads[signature.args].entry_point
+
+    return decorate
+
+
+@_entry(17)
 def linear_int16(  # type: ignore[no-untyped-def]
-    launcher, prepare, worker, threads, n, k, m, weight, scale, zero_point, bias, bias_dtype, x, dtype, out
+    work,
+    room,
+    launcher,
+    prepare,
+    worker,
+    threads,
+    n,
+    k,
+    m,
+    weight,
+    scale,
+    zero_point,
+    bias,
+    bias_dtype,
+    x,
+    dtype,
+    out,
 ):
-    a = _begin(n, k, m, weight, scale, zero_point, bias, bias_dtype, x, dtype, out)
-    codes, steps, sums = (
-        np.empty(2 * m * k, np.int16),
-        np.empty(2 * m, np.float32),
-        np.empty(2 * m, np.float64),
-    )
-    floats = np.empty(m * k if dtype != FLOAT32 else 0, np.float32)
-    a[_CODES], a[_STEPS], a[_SUMS] = codes.ctypes.data, steps.ctypes.data, sums.ctypes.data
-    a[_FLOATS] = floats.ctypes.data if dtype != FLOAT32 else x
-    _run(launcher, prepare, a, threads if m * k > _LITTLE else 1)
     if n * k * m < _LITTLE:
         threads = 1
-    a[_CHUNK] = _chunk(n, k, threads)
-    _run(launcher, worker, a, threads)
-    # read after the threads are done, so that the arrays live as long
-    a[_COUNTER] = codes.size + steps.size + sums.size + floats.size
+    chunk = _chunk(n, k, threads)
+    floats = 0 if dtype == FLOAT32 else 4 * m * k
+    sizes = (floats, 8 * 2 * m, 4 * 2 * m, 2 * 2 * m * k)
+    missing = _lay_out(work, room, threads, _integer_slice(chunk, 0), sizes)
+    if missing != 0:
+        return missing
+    a = _tell(work, n, k, m, 0, weight, scale, zero_point, bias, bias_dtype, x, dtype, out)
+    _run(launcher, prepare, work, threads if m * k > _LITTLE else 1)
+    a[_CHUNK] = chunk
+    _run(launcher, worker, work, threads)
+    return 0
 
 
-@_compile(numba.njit, types.void(*[types.int64] * 14))
+@_entry(16)
 def linear_float(  # type: ignore[no-untyped-def]
-    launcher, worker, threads, n, k, m, weight, scale, zero_point, bias, bias_dtype, x, dtype, out
+    work, room, launcher, worker, threads, n, k, m, weight, scale, zero_point, bias, bias_dtype, x, dtype, out
 ):
-    a = _begin(n, k, m, weight, scale, zero_point, bias, bias_dtype, x, dtype, out)
-    sums = np.empty(m, np.float64)
-    floats = np.empty(m * k if dtype != FLOAT32 else 0, np.float32)
-    a[_SUMS] = sums.ctypes.data
-    a[_FLOATS] = floats.ctypes.data if dtype != FLOAT32 else x
+    if n * k * m < _LITTLE:
+        threads = 1
+    floats = 0 if dtype == FLOAT32 else 4 * m * k
+    missing = _lay_out(work, room, threads, 4 * _ROWS * _TOKENS, (floats, 8 * m))
+    if missing != 0:
+        return missing
+    a = _tell(work, n, k, m, 0, weight, scale, zero_point, bias, bias_dtype, x, dtype, out)
+    sums = _double_at(a[_SUMS])
     for token in range(m):
         values = _widen(a, token)
         if zero_point != 0:
             sums[token] = _sum(values, k)
-    if n * k * m < _LITTLE:
-        threads = 1
     a[_CHUNK] = _chunk(n, k, threads)
-    _run(launcher, worker, a, threads)
-    a[_COUNTER] = sums.size + floats.size
+    _run(launcher, worker, work, threads)
+    return 0
 
 
-@_compile(numba.njit, types.void(*[types.int64] * 9))
-def expand(launcher, worker, threads, n, k, weight, scale, zero_point, out):  # type: ignore[no-untyped-def]
-    a = _begin(n, k, 0, weight, scale, zero_point, 0, 0, 0, 0, out)
-    if n * k < _LITTLE // 4:
-        threads = 1
-    a[_CHUNK] = _chunk(n, 4 * k, threads)
-    _run(launcher, worker, a, threads)
-
-
-@_compile(numba.njit, types.void(*[types.int64] * 17))
+@_entry(19)
 def linear_int8(  # type: ignore[no-untyped-def]
+    work,
+    room,
     launcher,
     peaks_worker,
     prepare,
@@ -1076,34 +1152,37 @@ def linear_int8(  # type: ignore[no-untyped-def]
     dtype,
     out,
 ):
-    a = _begin(n, k, m, weight, scale, zero_point, bias, bias_dtype, x, dtype, out)
     several = threads if m * k > _LITTLE else 1
-    peaks, columns = np.empty(k, np.int32), np.empty(few, np.int64)
-    a[_PEAKS], a[_CHUNK] = peaks.ctypes.data, 256
-    _run(launcher, peaks_worker, a, several)
-    _choose_columns(peaks, few, columns)
-    outliers, codes = np.empty(m * few, np.int16), np.empty((m + 1) * k, np.uint8)
-    codes[m * k :] = np.uint8(1)
-    steps, sums = np.zeros(2 * m, np.float32), np.empty(2 * m, np.float64)
-    floats = np.empty(m * k if dtype != FLOAT32 else 0, np.float32)
-    a[_FEW], a[_COLUMNS] = few, columns.ctypes.data
-    a[_CODES], a[_BYTES] = outliers.ctypes.data, codes.ctypes.data
-    a[_STEPS], a[_SUMS] = steps.ctypes.data, sums.ctypes.data
-    a[_FLOATS] = floats.ctypes.data if dtype != FLOAT32 else x
-    _run(launcher, prepare, a, several)
-    a[_COUNTER], a[_CHUNK] = 0, _chunk(n, k, threads)
-    _run(launcher, worker, a, threads)
-    # read after the threads are done, so that the arrays live as long
-    a[_COUNTER] = columns.size + outliers.size + codes.size + steps.size + sums.size + floats.size
+    chunk = _chunk(n, k, threads)
+    slice_bytes = max(_integer_slice(chunk, few), 4 * k, 4 * _PEAK_COLUMNS)
+    floats = 0 if dtype == FLOAT32 else 4 * m * k
+    sizes = (floats, 8 * 2 * m, 4 * 2 * m, 2 * m * few, 8 * few, (m + 1) * k, 4 * k)
+    missing = _lay_out(work, room, threads, slice_bytes, sizes)
+    if missing != 0:
+        return missing
+    a = _tell(work, n, k, m, few, weight, scale, zero_point, bias, bias_dtype, x, dtype, out)
+    a[_CHUNK] = _PEAK_COLUMNS
+    _run(launcher, peaks_worker, work, several)
+    _choose_columns(a)
+    ones, second_steps = _uint8_at(a[_BYTES] + m * k), _float_at(a[_STEPS] + 4 * m)
+    for i in range(k):
+        ones[i] = np.uint8(1)
+    for token in range(m):
+        second_steps[token] = np.float32(0.0)
+    _run(launcher, prepare, work, several)
+    a[_CHUNK] = chunk
+    _run(launcher, worker, work, threads)
+    return 0
 
 
-@_compile(numba.njit, types.void(*[types.int64] * 9))
-def encode(launcher, worker, threads, n, k, weight, codes, scale, zero_point):  # type: ignore[no-untyped-def]
-    a = _begin(n, k, 0, 0, scale, zero_point, 0, 0, weight, 0, codes)
-    if n * k < _LITTLE // 4:
-        threads = 1
-    a[_CHUNK] = _chunk(n, 4 * k, threads)
-    _run(launcher, worker, a, threads)
+@_entry(11)
+def expand(work, room, launcher, worker, threads, n, k, weight, scale, zero_point, out):  # type: ignore[no-untyped-def]
+    return _by_rows(work, room, launcher, worker, threads, n, k, weight, scale, zero_point, 0, out)
+
+
+@_entry(11)
+def encode(work, room, launcher, worker, threads, n, k, weight, codes, scale, zero_point):  # type: ignore[no-untyped-def]
+    return _by_rows(work, room, launcher, worker, threads, n, k, 0, scale, zero_point, weight, codes)
 
 
 PREPARE, INTEGERS, FLOAT, EXPAND, ENCODE, PEAKS, PREPARE_BYTES = (
@@ -1119,3 +1198,4 @@ PREPARE, INTEGERS, FLOAT, EXPAND, ENCODE, PEAKS, PREPARE_BYTES = (
     )
 )
 HALVES = _half_worker.address if HALF else 0
+CACHE.seal()

@@ -6,19 +6,25 @@ is second choice.
 
 from numba import types
 
-from .compiled import _call, _compile, numba
+from .compile_cache import Cache
+from .compiled import _call, numba
+
+_cache = Cache(__file__)
 
 
-@_compile(numba.njit, types.void(types.int64, types.int64, types.int64), parallel=True)
+@_cache.compile(
+    numba.njit, types.void(types.int64, types.int64, types.int64), parallel=True, error_model="numpy"
+)
 def _share(worker, work, threads):  # type: ignore[no-untyped-def]
     for _ in numba.prange(threads):
         _call(worker, work)
 
 
-@_compile(numba.cfunc, types.void(types.int64, types.int64, types.uint32, types.uint32))
+@_cache.compile(numba.cfunc, types.void(types.int64, types.int64, types.uint32, types.uint32))
 def _launch(worker, work, threads, flags):  # type: ignore[no-untyped-def]
     """The signature of GOMP_parallel."""
     _share(worker, work, threads)
 
 
 LAUNCHER = _launch.address
+_cache.seal()

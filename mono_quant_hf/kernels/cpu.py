@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -39,8 +40,11 @@ _runtime = _Runtime()
 
 def _in_child() -> None:
     # The child of a fork has this thread alone: the others of the OpenMP team are gone, and waiting for them
-    # would never end. A lock held by another thread at the fork would stay held.
+    # would never end. A lock held by another thread at the fork would stay held, Python's of an import too.
     _runtime.forked = True
+    if _runtime.lock.locked() and not _runtime.asked:
+        _give_up("this process was forked while another thread compiled them")
+        _runtime.asked = True
     _runtime.lock = threading.Lock()
     if _runtime.one_at_a_time is not None:
         _runtime.one_at_a_time = threading.Lock()
@@ -84,7 +88,6 @@ def why_missing() -> str:
 def _load() -> None:
     try:
         import numba
-        from numba.core.errors import NumbaError
     except (ImportError, OSError) as error:
         _give_up(f"Numba cannot be imported ({error})")
         return
@@ -94,28 +97,31 @@ def _load() -> None:
     start = time.perf_counter()
     try:
         from . import compiled
-    except NumbaError as error:
-        _give_up(f"Numba {numba.__version__} cannot compile them here ({error})")
+
+        launcher, one_at_a_time = _launcher_of_torch(), None
+        if not launcher:
+            from . import compiled_team
+
+            launcher = compiled_team.LAUNCHER
+            # Numba's workqueue layer ends the process when two threads use it at once, the others do not mind.
+            one_at_a_time = threading.Lock()
+    except Exception as error:  # whatever a compiler may say: the other ways work without
+        first = str(error).strip().partition("\n")[0]
+        _give_up(f"Numba {numba.__version__} cannot compile them here ({type(error).__name__}: {first})")
         return
     seconds = time.perf_counter() - start
-    _runtime.launcher = _launcher_of_torch()
-    if not _runtime.launcher:
-        from . import compiled_team
-
-        _runtime.launcher = compiled_team.LAUNCHER
-        # Numba's workqueue layer ends the process when two threads use it at once, the others do not mind.
-        _runtime.one_at_a_time = threading.Lock()
-    if not compiled.CACHED:
+    if compiled.CACHE.folder is None:
         log.warning(
             "The CPU kernels took %.1f s to compile, and will again in every process: no folder of Numba's "
             "cache can be written. Set NUMBA_CACHE_DIR to one that can.",
             seconds,
         )
     else:
-        hit = compiled.linear_int16.stats.cache_hits
-        where = "read from the cache" if hit else "compiled, and cached for the next process,"
+        where = (
+            "read from the cache" if compiled.CACHE.complete else "compiled, and cached for the next process,"
+        )
         log.info("The CPU kernels were %s in %.1f s.", where, seconds)
-    _runtime.compiled = compiled
+    _runtime.launcher, _runtime.one_at_a_time, _runtime.compiled = launcher, one_at_a_time, compiled
 
 
 def _give_up(reason: str) -> None:
@@ -168,12 +174,35 @@ def _threads() -> int:
     return 1 if _runtime.forked else torch.get_num_threads()
 
 
-def _enter(entry: Callable[..., None], *args: int) -> None:
-    if _runtime.one_at_a_time is None:
-        entry(*args)
-    else:
-        with _runtime.one_at_a_time:
-            entry(*args)
+_KEPT = 1 << 20  # bytes: a workspace of up to so many waits for the next call of its thread
+
+
+class _Workspace(threading.local):
+    """The scratch memory of this thread's calls, its address and its bytes: one tuple, so that whoever interrupts a
+    call (a signal, a finalizer) may replace it, and the call goes on in what it holds.
+    """
+
+    held: tuple[Tensor | None, int, int] = (None, 0, 0)
+
+
+_workspace = _Workspace()
+
+
+def _enter(entry: Callable[..., int], *args: int) -> None:
+    memory, address, size = _workspace.held
+    while True:
+        if _runtime.one_at_a_time is None:
+            needed = entry(address, size, *args)
+        else:
+            with _runtime.one_at_a_time:
+                needed = entry(address, size, *args)
+        if not needed:
+            del memory  # lives until here, where the threads are done with it
+            return
+        memory = torch.empty(needed, dtype=torch.uint8, device="cpu")
+        address, size = memory.data_ptr(), needed
+        if size <= _KEPT:
+            _workspace.held = memory, address, size
 
 
 def linear(
@@ -183,42 +212,44 @@ def linear(
     scale: Tensor | None,
     zero_point: Tensor | None,
     bias: Tensor | None,
+    usual: bool = False,
     outlier_columns: int = 0,
 ) -> Tensor:
-    """`x Wᵀ + b` by the way "float", "int16" or "int8". No gradient; a weight [N, K] without gaps, on the CPU."""
+    """`x Wᵀ + b` by the way "float", "int16" or "int8". No gradient; a weight [N, K] without gaps, on the CPU.
+
+    The operands were checked; `usual` is what `operands.check` gave.
+    """
     compiled = _runtime.compiled
     assert compiled is not None, "choice.py asks for a compiled way only where load() gave one"
     given = x.dtype
     if given is torch.float16:
         x = x.float()
-    if not x.is_contiguous():
+    if not usual:
         x = x.contiguous()
+        scale = None if scale is None else scale.float().contiguous()
+        zero_point = None if zero_point is None else zero_point.contiguous()
+        bias = None if bias is None else (bias if bias.dtype is torch.bfloat16 else bias.float()).contiguous()
     n, k = weight.shape
-    out = x.new_empty(*x.shape[:-1], n)
-    m = x.numel() // k
-    if scale is not None and (scale.dtype is not torch.float32 or not scale.is_contiguous()):
-        scale = scale.float().contiguous()
-    if zero_point is not None and (zero_point.dtype is not torch.int8 or not zero_point.is_contiguous()):
-        zero_point = zero_point.to(torch.int8).contiguous()
-    bias_dtype = 0
-    if bias is not None:
-        if bias.dtype is torch.bfloat16:
-            bias_dtype = 1
-        elif bias.dtype is not torch.float32:
-            bias = bias.float()
-        if not bias.is_contiguous():
-            bias = bias.contiguous()
+    shape = x.shape  # two and three dimensions written out: unpacking takes as long again
+    if len(shape) == 2:
+        out = x.new_empty(shape[0], n)
+    elif len(shape) == 3:
+        out = x.new_empty(shape[0], shape[1], n)
+    else:
+        out = x.new_empty(*shape[:-1], n)
+    if n == 0:
+        return out.to(given)
     args = (
         _threads(),
         n,
         k,
-        m,
-        weight.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        bias_dtype,
-        x.data_ptr(),
+        x.numel() // k,
+        weight.data_ptr() or _no_memory("weight"),
+        0 if scale is None else scale.data_ptr() or _no_memory("scale"),
+        0 if zero_point is None else zero_point.data_ptr() or _no_memory("zero_point"),
+        0 if bias is None else bias.data_ptr() or _no_memory("bias"),
+        1 if bias is not None and bias.dtype is torch.bfloat16 else 0,
+        x.data_ptr() or _no_memory("input"),
         1 if x.dtype is torch.bfloat16 else 0,
         out.data_ptr(),
     )
@@ -234,6 +265,12 @@ def linear(
     return out.to(given) if given is torch.float16 else out
 
 
+def _no_memory(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"Expected values behind the {name}, got a tensor that stands for them; clone it first."
+    )
+
+
 def expand(weight: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor) -> Tensor:
     """`(weight - zero_point) * scale` into `out`, float32: codes without gaps, a scale for each row."""
     compiled = _runtime.compiled
@@ -246,9 +283,9 @@ def expand(weight: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor
         _threads(),
         n,
         weight.numel() // n,
-        weight.data_ptr(),
-        scale.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
+        weight.data_ptr() or _no_memory("weight"),
+        scale.data_ptr() or _no_memory("scale"),
+        0 if zero_point is None else zero_point.data_ptr() or _no_memory("zero_point"),
         out.data_ptr(),
     )
     return out
@@ -269,7 +306,7 @@ def encode(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | No
         _threads(),
         n,
         weight.numel() // n,
-        weight.data_ptr(),
+        weight.data_ptr() or _no_memory("weight"),
         codes.data_ptr(),
         scale.data_ptr(),
         0 if zero_point is None else zero_point.data_ptr(),

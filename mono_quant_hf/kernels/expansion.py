@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, portable
+from .operands import check_codes, check_memory
 from .plain import is_plain
 
 
@@ -11,9 +12,25 @@ def expand(
     weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`portable.expand`, quicker for int8 codes on a CPU with one scale for each first index."""
-    if dtype == torch.float32 and scale is not None and is_plain(weight, scale):
-        fitting = _codes_per_row(weight, scale, zero_point)
-        if fitting and cpu.load() is not None:
+    check_codes(weight, scale, zero_point)
+    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+        if tensor is not None and not _broadcasts(tensor, weight):
+            raise RuntimeError(
+                f"The {name} {list(tensor.shape)} does not fit the weight {list(weight.shape)}: "
+                f"each of its dimensions must be that of the weight, or 1."
+            )
+    if not dtype.is_floating_point:
+        raise TypeError(
+            f"Expected a floating dtype, got {dtype}; choose float32, bfloat16, float16 or float64."
+        )
+    if is_plain(weight, scale, zero_point):
+        check_memory(weight=weight, scale=scale, zero_point=zero_point)
+        if (
+            dtype == torch.float32
+            and scale is not None
+            and _codes_per_row(weight, scale, zero_point)
+            and cpu.load() is not None
+        ):
             return cpu.expand(weight, scale, zero_point, torch.empty_like(weight, dtype=torch.float32))
     return portable.expand(weight, scale, zero_point, dtype)
 
@@ -22,12 +39,21 @@ def expand_into(out: Tensor, weight: Tensor, scale: Tensor | None, zero_point: T
     """The same into `out`, float32 and without gaps."""
     if scale is None:
         return out.copy_(weight)
-    if is_plain(weight, scale) and _codes_per_row(weight, scale, zero_point) and cpu.load() is not None:
+    if (
+        is_plain(weight, scale, zero_point)
+        and _codes_per_row(weight, scale, zero_point)
+        and cpu.load() is not None
+    ):
         return cpu.expand(weight, scale, zero_point, out)
     out.copy_(weight)
     if zero_point is not None:
         out.sub_(zero_point)
     return out.mul_(scale)
+
+
+def _broadcasts(tensor: Tensor, weight: Tensor) -> bool:
+    sizes = zip(reversed(tensor.shape), reversed(weight.shape), strict=False)
+    return tensor.dim() <= weight.dim() and all(size in (1, whole) for size, whole in sizes)
 
 
 def _codes_per_row(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:

@@ -66,8 +66,8 @@ def forward(
     """
     n, k = weight.shape
     columns = outlier_columns(k)
-    if x.is_cpu and is_plain(x, weight) and by_kernel(k):
-        return cpu.linear("int8", x, weight.contiguous(), scale, zero_point, bias, columns)
+    if x.is_cpu and is_plain(x, weight, scale, zero_point, bias) and by_kernel(k):
+        return cpu.linear("int8", x, weight.contiguous(), scale, zero_point, bias, outlier_columns=columns)
     with portable.without_autocast(x.device):
         values = x.reshape(-1, k).float()
         outliers = values.abs().nan_to_num(0.0, 0.0, 0.0).amax(0).topk(columns).indices

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import blocks, cpu, int8_activations, portable
 from .choice import decide, decide_int8, get_kernel, is_small
+from .operands import check, check_kinds
 from .plain import is_plain
 
 _library = torch.library.Library("mono_quant", "DEF")
@@ -35,46 +36,28 @@ def compute(
     x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """The product by the way chosen, without gradient."""
-    k = x.shape[-1] if x.dim() else 0
+    return _compute(check(x, weight, scale, zero_point, bias), x, weight, scale, zero_point, bias)
+
+
+def _compute(
+    usual: bool,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """`compute` of operands that were checked: `usual` is what `check` gave."""
+    n, k = weight.shape
     tokens = x.numel() // k if k else 0
-    device = "cpu" if x.is_cpu else x.device.type
-    name = decide(
-        device, x.dtype, weight.dtype, tokens, weight.is_contiguous(), is_small(weight), get_kernel()
-    ).name
+    device = "cpu" if usual or x.is_cpu else x.device.type
+    contiguous = usual or weight.is_contiguous()
+    name = decide(device, x.dtype, weight.dtype, tokens, contiguous, is_small(n, k), get_kernel()).name
     if name == "portable":
         return portable.forward(x, weight, scale, zero_point, bias)
-    _check(x, weight, scale, zero_point, bias)
     if name == "blocks":
         return blocks.linear(x, weight, scale, zero_point, bias)
-    return cpu.linear(name, x, weight, scale, zero_point, bias)
-
-
-def _check(
-    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
-) -> None:
-    """What a kernel that reads raw memory must know first."""
-    n, k = weight.shape
-    if x.shape[-1] != k:
-        raise RuntimeError(
-            f"the input {tuple(x.shape)} does not fit the weight {(n, k)}: its last dimension must be {k}"
-        )
-    if not (_fits(scale, n) and _fits(zero_point, n) and _fits(bias, n)):
-        tensors = (("scale", scale), ("zero_point", zero_point), ("bias", bias))
-        name, wrong = next(
-            (name, tensor) for name, tensor in tensors if tensor is not None and not _fits(tensor, n)
-        )
-        raise RuntimeError(
-            f"the {name} {tuple(wrong.shape)} on {wrong.device} does not fit the weight {(n, k)}: "
-            f"it must hold {n} values, on the CPU as the input"
-        )
-    if not weight.is_cpu:
-        raise RuntimeError(
-            f"the input is on the CPU and the weight on {weight.device}: they must be together"
-        )
-
-
-def _fits(tensor: Tensor | None, n: int) -> bool:
-    return tensor is None or (tensor.numel() == n and tensor.is_cpu)
+    return cpu.linear(name, x, weight, scale, zero_point, bias, usual)
 
 
 # ---------------------------------------------------------------- on the CPU, elsewhere, and as fakes
@@ -83,6 +66,7 @@ def _fits(tensor: Tensor | None, n: int) -> bool:
 def _compute_backward(
     grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None
 ) -> Tensor:
+    check(grad, weight, scale, zero_point, None, inner=0)
     if grad.is_cpu and grad.dtype != torch.float64 and get_kernel() != "portable":
         return blocks.backward(grad, weight, scale, zero_point)
     return portable.backward(grad, weight, scale, zero_point)
@@ -96,16 +80,16 @@ def _takes_int8(x: Tensor, weight: Tensor) -> bool:
     n, k = weight.shape
     tokens = x.numel() // k if k else 0
     device = "cpu" if x.is_cpu else x.device.type
-    choice = decide_int8(device, x.dtype, weight.dtype, tokens, n, k, is_small(weight), get_kernel())
+    choice = decide_int8(device, x.dtype, weight.dtype, tokens, n, k, is_small(n, k), get_kernel())
     return choice.name == "int8"
 
 
 def _compute_int8_activations(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
+    usual = check(x, weight, scale, zero_point, bias)
     if not _takes_int8(x, weight):
-        return compute(x, weight, scale, zero_point, bias)
-    _check(x, weight, scale, zero_point, bias)
+        return _compute(usual, x, weight, scale, zero_point, bias)
     return int8_activations.forward(x, weight, scale, zero_point, bias)
 
 
@@ -125,35 +109,36 @@ _library.impl("linear_fp16_backward", _linear_fp16_backward, "CompositeExplicitA
 
 
 @torch.library.register_fake("mono_quant::linear_int8", lib=_library)
-def _(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _fake_product(x, weight, 1, 0)
-
-
 @torch.library.register_fake("mono_quant::linear_int8_activations", lib=_library)
 def _(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _fake_product(x, weight, 1, 0)
+    return _fake_product(x, weight, scale, zero_point, bias)
 
 
 @torch.library.register_fake("mono_quant::linear_fp16", lib=_library)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _fake_product(x, weight, 1, 0)
+    return _fake_product(x, weight, None, None, bias)
 
 
 @torch.library.register_fake("mono_quant::linear_int8_backward", lib=_library)
 def _(grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    return _fake_product(grad, weight, 0, 1)
+    return _fake_product(grad, weight, scale, zero_point, None, inner=0)
 
 
 @torch.library.register_fake("mono_quant::linear_fp16_backward", lib=_library)
 def _(grad: Tensor, weight: Tensor) -> Tensor:
-    return _fake_product(grad, weight, 0, 1)
+    return _fake_product(grad, weight, None, None, None, inner=0)
 
 
-def _fake_product(x: Tensor, weight: Tensor, inner: int, outer: int) -> Tensor:
-    torch._check(
-        x.shape[-1] == weight.shape[inner], lambda: f"{x.shape} does not fit the weight {weight.shape}"
-    )
-    return x.new_empty((*x.shape[:-1], weight.shape[outer]))
+def _fake_product(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    inner: int = 1,
+) -> Tensor:
+    check_kinds(x, weight, scale, zero_point, bias, inner)
+    return x.new_empty((*x.shape[:-1], weight.shape[1 - inner]))
 
 
 # ---------------------------------------------------------------- autograd
@@ -218,10 +203,12 @@ def call_int8_activations(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
     """The product with int8 activations; None where the device has none and the layer computes as without."""
+    plain = is_plain(x, weight, scale, zero_point, bias)
     if x.is_cpu:
-        if is_plain(x, weight) and not _wants_grad(x, bias):
+        if plain and not _wants_grad(x, bias):
             return _compute_int8_activations(x, weight, scale, zero_point, bias)
         return _ops.linear_int8_activations.default(x, weight, scale, zero_point, bias)
+    (check if plain else check_kinds)(x, weight, scale, zero_point, bias)
     if x.is_meta or not _takes_int8(x, weight):
         return None
     return int8_activations.Int8Activations.apply(x, weight, scale, zero_point, bias)
@@ -243,9 +230,8 @@ def _autograd_int8(
 ) -> Tensor:
     if _wants_grad(x, bias):
         return _Linear.apply(call, x, weight, scale, zero_point, bias)
-    if x.is_cpu and is_plain(
-        x, weight
-    ):  # as in compiled code under no_grad: spare the way through the dispatcher
+    # As in compiled code under no_grad: spare the way through the dispatcher.
+    if x.is_cpu and is_plain(x, weight, scale, zero_point, bias):
         return compute(x, weight, scale, zero_point, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return call(x, weight, scale, zero_point, bias)
@@ -263,7 +249,7 @@ def _autograd_int8_activations(
 def _autograd_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _wants_grad(x, bias):
         return _Linear.apply(call, x, weight, None, None, bias)
-    if x.is_cpu and is_plain(x, weight):
+    if x.is_cpu and is_plain(x, weight, bias=bias):
         return compute(x, weight, None, None, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return call(x, weight, None, None, bias)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .operands import check_memory
+from .plain import is_plain
+
 
 def expand(
     weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: torch.dtype = torch.float32
@@ -80,6 +83,8 @@ class PortableLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         weight, scale, zero_point = ctx.saved_tensors
+        if is_plain(grad, weight, scale, zero_point):
+            check_memory(weight=weight, scale=scale, zero_point=zero_point)
         to_x = backward(grad, weight, scale, zero_point) if ctx.needs_input_grad[0] else None
         to_bias = None
         if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:

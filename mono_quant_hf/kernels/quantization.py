@@ -6,6 +6,7 @@ from torch import Tensor
 from mono_quant_hf.core import quantize_to_codes
 
 from . import cpu
+from .operands import check_memory
 from .plain import is_plain
 
 LARGE = 2**18  # elements; smaller weights are not worth loading the kernels for
@@ -24,12 +25,15 @@ def quantize(
         >>> scale.flatten(), zero_point
         (tensor([0.0079, 2.0000]), None)
     """
-    if not _rows_of_floats(weight, axis) or not is_plain(weight, weight) or cpu.load() is None:
+    plain = is_plain(weight)
+    if plain:
+        check_memory(weight=weight)
+    if not plain or not _rows_of_floats(weight, axis) or cpu.load() is None:
         return quantize_to_codes(weight, symmetric, axis)
     shape = [len(weight)] + [1] * (weight.dim() - 1)
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scale = torch.empty(shape, dtype=torch.float32)
-    zero_point = None if symmetric else torch.empty(shape, dtype=torch.int8)
+    codes = weight.new_empty(weight.shape, dtype=torch.int8)  # on its device, whatever the default one is
+    scale = weight.new_empty(shape)
+    zero_point = None if symmetric else weight.new_empty(shape, dtype=torch.int8)
     cpu.encode(weight, codes, scale, zero_point)
     if not bool(torch.isfinite(scale).all()):
         return quantize_to_codes(weight, symmetric, axis)  # which says what is wrong

@@ -1,65 +1,18 @@
 """What surrounds a product: who chooses, threads, forks, a missing Numba, a cache that cannot be written."""
 
 import os
-import subprocess
-import sys
 import textwrap
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from mono_quant_hf.kernels import KERNELS, Choice, choose, cpu, get_kernel, linear, set_kernel, use_kernel
 
+from .own_process import log_lines, run
 from .test_linear import close, codes
 
-ROOT = Path(__file__).parents[2]
 needs_compiled = pytest.mark.skipif(cpu.load() is None, reason="no compiled kernels here")
-
-# The kernels alone: importing the whole package would bring transformers, seconds in each process.
-PRODUCTS = """
-    import logging, os, sys, types
-    logging.basicConfig(level=logging.INFO, format="LOG %(levelname)s %(message)s", stream=sys.stdout)
-    import torch
-    package = sys.modules["mono_quant_hf"] = types.ModuleType("mono_quant_hf")
-    package.__path__ = [os.environ["PACKAGE"]]
-    from mono_quant_hf.kernels import choose, expand, linear
-    torch.manual_seed(0)
-    weight = torch.randint(-128, 128, (512, 512), dtype=torch.int8)
-    scale, zero_point = torch.rand(512, 1), torch.randint(-128, 128, (512, 1), dtype=torch.int8)
-    half = torch.randn(512, 512).half()
-    cases = [
-        (x, arguments, x.double() @ expand(*arguments, dtype=torch.float64).T)
-        for x in (torch.randn(m, 512) for m in (1, 4, 40))
-        for arguments in ((weight, scale, zero_point), (half,))
-    ]
-
-    def products():
-        for x, arguments, exact in cases:
-            error = (linear(x, *arguments) - exact).abs().max() / exact.abs().max()
-            assert error < 1e-3, (x.shape, error)
-"""
-
-
-def run(code, timeout=100, **environment):
-    """The output of `code` in a Python of its own."""
-    script = textwrap.dedent(PRODUCTS) + textwrap.dedent(code)
-    environment = {
-        **os.environ,
-        "PACKAGE": str(ROOT / "mono_quant_hf"),
-        "OMP_NUM_THREADS": "2",
-        **environment,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def log_lines(output):
-    return [line for line in output.splitlines() if line.startswith("LOG") and "CPU kernels" in line]
 
 
 def test_the_choice_is_told_with_its_reason():
@@ -190,7 +143,7 @@ FORKED = """
 @pytest.mark.parametrize("first", ("products()", "torch.randn(512, 512) @ torch.randn(512, 512)"))
 def test_after_a_fork(first):
     """Used before the fork, or only torch's threads used: either way the child has no thread to wait for."""
-    run(FORKED.format(first=first), timeout=60)
+    run(FORKED.format(first=first), timeout=120)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -210,7 +163,7 @@ def test_in_data_loader_workers():
         rows = torch.cat(list(loader))
         assert torch.allclose(rows, linear(torch.ones(1, 512), weight, scale, zero_point).expand(8, 512))
         """,
-        timeout=60,
+        timeout=120,
     )
 
 

@@ -1,0 +1,180 @@
+"""What the tensors of a product must be: each fault is one sentence, since kernels read raw memory."""
+
+import torch
+from torch import Tensor
+
+_READ = frozenset((torch.float32, torch.bfloat16))  # what a kernel reads of a bias
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    inner: int = 1,
+) -> bool:
+    """Raise where the operands of a product over dimension `inner` of the weight do not fit, or have no memory.
+
+    Returns:
+        True if they are as a kernel reads them: on the CPU, without gaps, in its dtypes but for x.
+
+    Raises:
+        RuntimeError: a shape or a device that does not fit the others; memory that was freed; a sparse tensor.
+        TypeError: a dtype that the product has no meaning for.
+    """
+    # Nearly every call, in as few looks at the tensors as there can be: a look takes 0.06 us, a small product 10.
+    try:
+        shape = weight.shape
+        rows = shape[0]
+        if (
+            x.shape[-1] == shape[inner]
+            and len(shape) == 2
+            and x.is_cpu
+            and x.is_floating_point()
+            and x.is_contiguous()
+            and not x.storage_offset()
+            and x.untyped_storage().nbytes() >= x.nbytes
+            and weight.is_cpu
+            and weight.is_contiguous()
+            and not weight.storage_offset()
+            and weight.untyped_storage().nbytes() >= weight.nbytes
+            and (
+                weight.dtype is torch.float16 and zero_point is None
+                if scale is None
+                else weight.dtype is torch.int8
+                and scale.dtype is torch.float32
+                and scale.shape == (rows, 1)
+                and scale.is_cpu
+                and scale.is_contiguous()
+                and not scale.storage_offset()
+                and scale.untyped_storage().nbytes() >= 4 * rows
+            )
+            and (
+                zero_point is None
+                or (
+                    zero_point.dtype is torch.int8
+                    and zero_point.shape == (rows, 1)
+                    and zero_point.is_cpu
+                    and zero_point.is_contiguous()
+                    and not zero_point.storage_offset()
+                    and zero_point.untyped_storage().nbytes() >= rows
+                )
+            )
+            and (
+                bias is None
+                or (
+                    bias.dtype in _READ
+                    and bias.shape == (rows,)
+                    and bias.is_cpu
+                    and bias.is_contiguous()
+                    and not bias.storage_offset()
+                    and bias.untyped_storage().nbytes() >= bias.nbytes
+                )
+            )
+        ):
+            return True
+    except (IndexError, NotImplementedError, RuntimeError):  # no dimension, no storage, no shape
+        pass
+    check_kinds(x, weight, scale, zero_point, bias, inner)
+    check_memory(input=x, weight=weight, scale=scale, zero_point=zero_point, bias=bias)
+    return False
+
+
+def check_kinds(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    inner: int = 1,
+) -> None:
+    """Of `check` what holds for tensors without memory too."""
+    for operand in (x, weight, scale, zero_point, bias):
+        if operand is not None and operand.is_nested and operand.layout is torch.strided:
+            raise RuntimeError("Expected dense tensors, got a nested one; pad it.")  # it has no shape to name
+    shape, given = weight.shape, x.shape
+    if len(shape) != 2:
+        raise RuntimeError(f"Expected a weight [N, K], got {list(shape)}; reshape it.")
+    if not given or given[-1] != shape[inner]:
+        raise RuntimeError(
+            f"The input {list(given)} does not fit the weight {list(shape)}: its last dimension must be {shape[inner]}."
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"The input of a quantized linear must be floating, got {x.dtype}; convert it to float32, bfloat16 or "
+            f"float16, and look for what cast it (the dtype of the quantized weight is {weight.dtype})."
+        )
+    _check_together("input", x, weight)
+    check_codes(weight, scale, zero_point)
+    column = [shape[0], 1]
+    for name, operand, fitting in (
+        ("scale", scale, column),
+        ("zero_point", zero_point, column),
+        ("bias", bias, column[:1]),
+    ):
+        if operand is not None and list(operand.shape) != fitting:
+            raise RuntimeError(
+                f"The {name} {list(operand.shape)} does not fit the weight {list(shape)}: it must be {fitting}."
+            )
+    if bias is not None:
+        _check_together("bias", bias, weight)
+        if not bias.is_floating_point():
+            raise TypeError(f"Expected a floating bias, got {bias.dtype}; convert it to float32.")
+
+
+def check_codes(weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> None:
+    """Raise unless these are int8 codes with a scale, or floats without; of whatever shapes."""
+    if scale is None:
+        if not weight.is_floating_point():
+            raise TypeError(
+                f"Expected a float16 weight, got {weight.dtype}; give int8 codes with their scale."
+            )
+        if zero_point is not None:
+            raise TypeError("Expected no zero_point without a scale, got one; give both or neither.")
+        return
+    if weight.dtype is not torch.int8:
+        raise TypeError(
+            f"Expected a weight of int8 codes, got {weight.dtype}; give a float weight without a scale."
+        )
+    _check_together("scale", scale, weight)
+    if not scale.is_floating_point():
+        raise TypeError(f"Expected a floating scale, got {scale.dtype}; convert it to float32.")
+    if zero_point is not None:
+        _check_together("zero_point", zero_point, weight)
+        if zero_point.dtype is not torch.int8:
+            raise TypeError(f"Expected a zero_point of int8, got {zero_point.dtype}; convert it to int8.")
+
+
+def _check_together(name: str, tensor: Tensor, weight: Tensor) -> None:
+    if tensor.device != weight.device:
+        raise RuntimeError(
+            f"The {name} {list(tensor.shape)} is on {tensor.device} and the weight on {weight.device}: "
+            f"move them together."
+        )
+
+
+def check_memory(**tensors: Tensor | None) -> None:
+    """Raise unless each tensor is dense, and its storage holds every one of its elements.
+
+    Raises:
+        RuntimeError: the memory was freed or made smaller, or the tensor is sparse.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided:
+            raise RuntimeError(f"Expected a dense {name}, got {tensor.layout}; call its to_dense().")
+        try:
+            held = tensor.untyped_storage().nbytes()
+        except NotImplementedError as error:  # what a function transform leaves behind when it is over
+            raise RuntimeError(
+                f"Expected a {name} with memory of its own ({error}); compute it anew."
+            ) from error
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = tensor.element_size() * (tensor.storage_offset() + last + 1) if tensor.numel() else 0
+        if held < needed:
+            raise RuntimeError(
+                f"The memory of the {name} {list(tensor.shape)} was freed or made smaller ({held} bytes of "
+                f"{needed}): load or gather it again before it is used."
+            )
