@@ -48,14 +48,14 @@ def replace(name, make):
         (lambda t: t.pop(f"{UP}.weight_zero_point"), rf"{UP}\.weight_zero_point is missing"),
         (
             replace(f"{UP}.weight_scale", lambda s: s[:, 0].clone()),
-            r"weight_scale.*F32 \[88\].*F32 \[88, 1\]",
+            r"weight_scale.*to be F32 \[88, 1\], got F32 \[88\]",
         ),
-        (replace(f"{UP}.weight_scale", lambda s: s[:-1].clone()), r"weight_scale.*\[87, 1\].*\[88, 1\]"),
-        (replace(f"{UP}.weight_scale", torch.Tensor.bfloat16), r"weight_scale.*BF16.*F32"),
-        (replace(f"{UP}.weight_zero_point", torch.Tensor.float), r"weight_zero_point.*F32.*I8"),
+        (replace(f"{UP}.weight_scale", lambda s: s[:-1].clone()), r"weight_scale.*\[88, 1\].*\[87, 1\]"),
+        (replace(f"{UP}.weight_scale", torch.Tensor.bfloat16), r"weight_scale.*to be F32.*got BF16"),
+        (replace(f"{UP}.weight_zero_point", torch.Tensor.float), r"weight_zero_point.*to be I8.*got F32"),
         (
             replace(f"{UP}.weight_int8", lambda w: w[:, :-1].clone()),
-            rf"{UP}\.weight_int8.*\[88, 31\].*\[88, 32\]",
+            rf"{UP}\.weight_int8.*\[88, 32\].*\[88, 31\]",
         ),
     ],
     ids=[
