@@ -378,7 +378,7 @@ class QuantizedModule(nn.Module):
         if type(self) not in _ORIGINS:
             return super().__reduce_ex__(protocol)  # type: ignore[return-value]
         # A class made at run time is not found by its name.
-        return _new_instance, _ORIGINS[type(self)], self.__dict__.copy()
+        return _new_instance, _ORIGINS[type(self)], self.__getstate__()
 
 
 _DTYPES = {
