@@ -447,7 +447,10 @@ def _room(
     for place, key in enumerate(stored_names(name, quantization.weights, quantization.symmetric)):
         dtype = _DTYPES[next(suffix for suffix in _DTYPES if key.endswith(suffix))]
         shape = channels if place else weight.shape
-        room[key] = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=False)
+        place_for = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=False)
+        # transformers draws random numbers into what says nothing of this, also where it is offloaded
+        place_for._is_hf_initialized = "not loaded"  # type: ignore[attr-defined]
+        room[key] = place_for
     return room
 
 
