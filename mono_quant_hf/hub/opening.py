@@ -80,7 +80,7 @@ def check_float(folder: Path, stored: dict[str, StoredTensor]) -> None:
         HubError: names the tensor.
     """
     for name, tensor in stored.items():
-        if tensor.dtype == "I8" and f"{name}_scale" in stored:
+        if tensor.dtype == "I8" and name.endswith("_int8"):
             raise HubError(
                 f"{folder / 'config.json'} has no quantization_config, but {name} in {tensor.file} holds int8 codes, "
                 "which would be read as weights; restore the config.json that was saved with it."

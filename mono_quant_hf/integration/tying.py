@@ -91,14 +91,14 @@ def _declare_tied(
     model: PreTrainedModel, renamed: Callable[[PreTrainedModel, dict[str, str]], dict[str, str]]
 ) -> None:
     for part in model.modules():
-        if (
-            isinstance(part, PreTrainedModel)
-            and renamed(part, part.all_tied_weights_keys) != part.all_tied_weights_keys
-        ):
-            own = part.get_expanded_tied_weights_keys(all_submodels=False)
-            part.all_tied_weights_keys = renamed(part, part.all_tied_weights_keys)
-            if own:
-                part._tied_weights_keys = renamed(part, own)
+        if isinstance(part, PreTrainedModel):
+            keys = renamed(part, part.all_tied_weights_keys)
+            if keys != part.all_tied_weights_keys:
+                part.all_tied_weights_keys = keys
+                if (
+                    part._tied_weights_keys
+                ):  # by names in full: a pattern for a weight matches all that it is stored as
+                    part._tied_weights_keys = dict(keys)
 
 
 def _by_storage(model: PreTrainedModel, tied: dict[str, str]) -> dict[str, str]:

@@ -391,7 +391,7 @@ class QuantizedModule(nn.Module):
         if type(self) not in _ORIGINS:
             return super().__reduce_ex__(protocol)  # type: ignore[return-value]
         # A class made at run time is not found by its name.
-        return _new_instance, _ORIGINS[type(self)], self.__dict__.copy()
+        return _new_instance, _ORIGINS[type(self)], self.__getstate__()
 
 
 _DTYPES = {
@@ -460,7 +460,10 @@ def _room(
     for place, key in enumerate(stored_names(name, quantization.weights, quantization.symmetric)):
         dtype = _DTYPES[next(suffix for suffix in _DTYPES if key.endswith(suffix))]
         shape = channels if place else weight.shape
-        room[key] = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=False)
+        place_for = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=False)
+        # transformers draws random numbers into what says nothing of this, also where it is offloaded
+        place_for._is_hf_initialized = "not loaded"  # type: ignore[attr-defined]
+        room[key] = place_for
     return room
 
 

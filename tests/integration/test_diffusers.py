@@ -178,8 +178,8 @@ def dequantized_by_hand(model):
             continue
         plain = module.to_float()
         if module.quantization.weights == "int8":
-            zero_point = 0 if module.weight_zero_point is None else module.weight_zero_point.float()
-            plain.weight.data = (module.weight.float() - zero_point) * module.weight_scale
+            codes, scale, zero_point = module.stored()
+            plain.weight.data = (codes.float() - (0 if zero_point is None else zero_point.float())) * scale
         twin.set_submodule(name, plain)
     return twin
 
