@@ -425,15 +425,21 @@ def quantized_form(
     if not issubclass(mixin, of_torch):
         behind = type(f"Quantized{of_torch.__name__}", (mixin, of_torch), {"__module__": mixin.__module__})
         bases = (float_class, behind) if float_class is not of_torch else (mixin, float_class)
-    attributes = {"weight_axes": dict(axes), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
+    attributes: dict[str, Any] = {
+        "weight_axes": dict(axes),
+        "__module__": mixin.__module__,
+        "__doc__": mixin.__doc__,
+    }
+    # Whoever makes another module of this one's class, as PEFT makes its convolutions, means a float one.
+    attributes["__new__"] = lambda form, *args, **kwargs: float_class(*args, **kwargs)
     form = _FORMS[origin] = type(f"Quantized{float_class.__name__}", bases, attributes)
     _ORIGINS[form] = origin
     return form
 
 
 def _new_instance(mixin: type[QuantizedModule], float_class: type[nn.Module], axes: Any) -> nn.Module:
-    form = quantized_form(mixin, float_class, axes)
-    return form.__new__(form)
+    form: nn.Module = object.__new__(quantized_form(mixin, float_class, axes))
+    return form
 
 
 def check_input(module: QuantizedModule, x: Tensor) -> None:
@@ -486,7 +492,7 @@ def _names_of(module: nn.Module) -> set[str]:
 
 def twin_of(module: nn.Module) -> Any:
     """A shallow copy of a module: shared tensors, containers of its own."""
-    twin = type(module).__new__(type(module))
+    twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():
         if name in _CONTAINERS or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
