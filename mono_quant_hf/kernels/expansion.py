@@ -40,7 +40,7 @@ def _codes_per_row(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> 
         and scale.is_cpu
         and scale.dtype is torch.float32
         and scale.is_contiguous()
-        and scale.dim() == weight.dim()
+        and scale.dim() == weight.dim() > 0
         and scale.shape[0] == scale.numel() == rows
         and (
             zero_point is None

@@ -267,14 +267,11 @@ class QuantizedModule(nn.Module):
         self, weight_name: str = "weight"
     ) -> tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]:
         """Codes (or the float16 weight), scale and zero-point that stand for a weight."""
-        parameters, quantization = self._parameters, self.quantization
-        if quantization.weights == "float16":
-            return parameters[f"{weight_name}_float16"], None, None  # type: ignore[return-value]
-        return (  # type: ignore[return-value]
-            parameters[f"{weight_name}_int8"],
-            parameters[f"{weight_name}_scale"],
-            None if quantization.symmetric else parameters[f"{weight_name}_zero_point"],
-        )
+        # As attributes, which they are for nn.DataParallel and the like, who take the parameters out.
+        if self.quantization.weights == "float16":
+            return getattr(self, f"{weight_name}_float16"), None, None
+        codes, scale = getattr(self, f"{weight_name}_int8"), getattr(self, f"{weight_name}_scale")
+        return codes, scale, None if self.quantization.symmetric else getattr(self, f"{weight_name}_zero_point")
 
     def dequantized(self, weight_name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in `dtype`."""

@@ -1,11 +1,28 @@
-"""`quantize_conv2d_module`. Convolutions need no class of their own: their forward meets the float view of the weight."""
+"""Convolutions with int8 or float16 weights: their own forward meets the float view of the weight."""
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from .registry import quantized_twin
+from mono_quant_hf.kernels.portable import without_autocast
+
+from .base import QuantizedModule, check_input
+from .registry import MIXINS, quantized_twin
+
+
+class QuantizedConvolution(QuantizedModule):
+    """Mixin of convolutions, transposed ones too: the output has the dtype of the input, with and without autocast."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        check_input(self, input)
+        with without_autocast(input.device):
+            output: Tensor = super().forward(input.to(self.quantization.dtype), *args, **kwargs)
+            return output.to(input.dtype)
+
+
+MIXINS[_ConvNd] = QuantizedConvolution
 
 
 def quantize_conv2d_module(

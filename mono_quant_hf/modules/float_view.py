@@ -58,8 +58,8 @@ class FloatView(Tensor):
         >>> weight.zero_()
         Traceback (most recent call last):
             ...
-        RuntimeError: Expected no change of a quantized weight in place, got aten::zero_; dequantize() the model first, \
-or work on a copy (weight.clone()).
+        RuntimeError: Expected no change of a quantized weight in place, got aten::zero_; dequantize() the model \
+first, or work on a copy (weight.clone()).
     """
 
     stored: Tensor
@@ -125,6 +125,8 @@ or work on a copy (weight.clone()).
         if func._schema.is_mutable:
             _refuse_change(func, args, kwargs)
         handler = _HANDLERS.get(func) or _HANDLERS_BY_NAME.get(func._schema.name)
+        if handler is None and func.is_view and func not in _VIEWS_OF_BYTES:
+            handler = _view
         if handler is not None:
             result = handler(func, *args, **kwargs)
             if result is not NotImplemented:
@@ -174,6 +176,8 @@ _SETTERS = {
     Tensor.data.__set__: "other data",  # type: ignore[attr-defined]
     Tensor.share_memory_: "share_memory_()",
     Tensor.set_: "set_()",
+    Tensor.apply_: "apply_()",
+    Tensor.map_: "map_()",
 }
 
 
@@ -286,13 +290,14 @@ def look_up(
 
 def _view(func: Any, view: FloatView, *args: Any, **kwargs: Any) -> Any:
     """Any operation that gives a view: applied to the codes, and to scales and zero-points as if each code had one."""
-    try:
-        tensors = [
-            None if tensor is None else func(tensor.expand(view.shape), *args, **kwargs)
-            for tensor in (view.stored, view.scale, view.zero_point)
-        ]
-    except RuntimeError:  # rows were joined, so that a row has several scales
-        return NotImplemented
+
+    def of_each(tensor: Tensor | None) -> Any:
+        try:
+            return None if tensor is None else func(tensor.expand(view.shape), *args, **kwargs)
+        except RuntimeError:  # rows are joined, which have a scale each
+            return None if tensor is None else func(tensor.expand(view.shape).contiguous(), *args, **kwargs)
+
+    tensors = [func(view.stored, *args, **kwargs), of_each(view.scale), of_each(view.zero_point)]
     if isinstance(tensors[0], Tensor):
         return view._like(_without_repeats(tensors))
     parts = [[None] * len(tensors[0]) if part is None else part for part in tensors]
@@ -336,28 +341,10 @@ def _to_copy(func: Any, view: FloatView, *, dtype: torch.dtype | None = None, **
     return view._like(moved, dtype)
 
 
-_VIEWS = (
-    _ATEN.alias.default,
-    _ATEN.detach.default,
-    _ATEN.expand.default,
-    _ATEN.permute.default,
-    _ATEN.select.int,
-    _ATEN.slice.Tensor,
-    _ATEN.split.Tensor,
-    _ATEN.split_with_sizes.default,
-    _ATEN.squeeze.default,
-    _ATEN.squeeze.dim,
-    _ATEN.squeeze.dims,
-    _ATEN.t.default,
-    _ATEN.transpose.int,
-    _ATEN.unbind.int,
-    _ATEN.unsqueeze.default,
-    _ATEN.view.default,
-    _ATEN._unsafe_view.default,
-)
+_VIEWS_OF_BYTES = frozenset((_ATEN.as_strided.default, _ATEN.view.dtype))
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_VIEWS, _view),
     _ATEN._to_copy.default: _to_copy,
+    _ATEN._unsafe_view.default: _view,
     _ATEN.addmm.default: _addmm,
     _ATEN.bmm.default: _bmm,
     _ATEN.convolution.default: _convolution,

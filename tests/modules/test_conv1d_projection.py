@@ -35,7 +35,7 @@ def test_result_is_float_arithmetic_with_a_scale_per_output_feature(weights, sym
 def test_storage_is_shaped_as_the_float_weight():
     stored = {name: (t.dtype, tuple(t.shape)) for name, t in quantize("int8", False).state_dict().items()}
     assert stored == {
-        "weight": (torch.int8, (20, 7)),
+        "weight_int8": (torch.int8, (20, 7)),
         "weight_scale": (torch.float32, (1, 7)),
         "weight_zero_point": (torch.int8, (1, 7)),
         "bias": (torch.float32, (7,)),
@@ -76,5 +76,5 @@ def test_state_dict_round_trip_is_bit_identical(weights, symmetric):
 
 def test_repr_and_integer_input():
     assert repr(quantize("int8", True)) == "QuantizedConv1DProjection(nf=7, nx=20, weights=int8, symmetric)"
-    with pytest.raises(TypeError, match="c_fc got an input of dtype int8"):
+    with pytest.raises(TypeError, match="floating-point input of c_fc, got int8"):
         quantize("int8", True)(torch.ones(1, 20, dtype=torch.int8))

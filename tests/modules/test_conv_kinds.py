@@ -84,7 +84,7 @@ def test_storage(kind, weights, symmetric):
     shape = tuple(module.weight.shape)
     channels = tuple(size if dim == axis else 1 for dim, size in enumerate(shape))
     expected = {"bias": (torch.float32, (8,))}
-    expected["weight"] = (torch.float16 if weights == "float16" else torch.int8, shape)
+    expected[f"weight_{weights}"] = (torch.float16 if weights == "float16" else torch.int8, shape)
     if weights == "int8":
         expected["weight_scale"] = (torch.float32, channels)
         if not symmetric:
@@ -140,7 +140,7 @@ def test_output_size_of_a_transposed_convolution_is_honoured():
 @EACH_KIND
 def test_an_integer_input_is_one_clear_error(kind):
     module, x, _ = make(kind)
-    with pytest.raises(TypeError, match=r"stem got an input of dtype int8"):
+    with pytest.raises(TypeError, match="floating-point input of stem, got int8"):
         quantize(module, "int8", False, name="stem")(x.to(torch.int8))
 
 

@@ -51,10 +51,12 @@ def tensor():
         "quantization",
         "weight_scale",
         "weight_zero_point",
-        "companions",
+        "weight_int8",
+        "weight_float16",
+        "weight_dtype",
+        "stored",
         "dequantized",
         "weight_axes",
-        "check_input",
     ],
 )
 def test_names_that_are_needed(name, kind):
