@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.modules import FloatView
 
 
 def _torchao(**more: Any) -> TorchAoConfig:
@@ -104,7 +105,9 @@ PEERS = {
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """What a tensor takes, also one that is made of others."""
+    """What a tensor takes, also one that is made of others; of a quantized weight, the codes."""
+    if isinstance(tensor, FloatView):
+        return stored_bytes(tensor.stored)
     if type(tensor) is not nn.Parameter and hasattr(tensor, "__tensor_flatten__"):
         return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()

@@ -178,7 +178,7 @@ def embeddings(name, folder, tmp_path):
     config = (PEERS[name].embeddings or PEERS[name].int8)()
     model = LlamaForCausalLM.from_pretrained(folder / "tied", quantization_config=config).eval()
     table, head = model.model.embed_tokens.weight, model.lm_head.weight
-    assert table is head  # tied before and after
+    assert table is head or table.data_ptr() == head.data_ptr()  # tied before and after
     if stored_bytes(table) > 1.5 * table.numel():
         return "no"
     expected = logits(model)

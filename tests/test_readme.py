@@ -56,7 +56,7 @@ def test_what_is_said_of_torchaos_embeddings(tmp_path):
     assert "lm_head" in int8_linears(model) and type(model.model.embed_tokens.weight) is torch.nn.Parameter
     config = MonoQuantConfig(symmetric=True, quantize_embeddings=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    assert "lm_head" in int8_linears(model) and model.model.embed_tokens.weight.dtype == torch.int8
+    assert "lm_head" in int8_linears(model) and model.model.embed_tokens.weight_int8.dtype == torch.int8
 
 
 def test_links_lead_somewhere():

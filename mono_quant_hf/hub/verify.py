@@ -211,7 +211,7 @@ class _Verifying:
     def _refuse_other(self, settings: dict[str, Any] | None, config_file: Path) -> None:
         """A float model is no mistake of the checkpoint's; codes without a word of them in the config are."""
         for name, tensor in self._headers(weight_files(self.folder)).items():
-            if tensor.dtype == "I8" and f"{name}_scale" in self.stored and settings is None:
+            if tensor.dtype == "I8" and name.endswith("_int8") and settings is None:
                 self.says(
                     config_file,
                     name,

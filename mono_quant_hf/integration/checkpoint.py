@@ -177,8 +177,9 @@ def flaws_of_stored_tensors(model: nn.Module, stored: dict[str, StoredTensor]) -
             found = stored.get(full_name)
             dtype = _SAFETENSORS_NAMES[module.storage_dtype(key)]
             if found is None:
+                beside = (tensor.file for n, tensor in stored.items() if n.startswith(f"{name}.".lstrip(".")))
                 yield Flaw(
-                    "",
+                    next(beside, ""),
                     full_name,
                     f"{full_name} is missing from the checkpoint, which holds the other tensors of "
                     f"{name or 'the model'}; save the quantized model again.",

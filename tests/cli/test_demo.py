@@ -71,7 +71,7 @@ def test_the_quantized_model_is_kept(demo):
     _, account, kept = demo
     assert str(kept) in account
     with safe_open(kept / "model.safetensors", "pt") as file:
-        assert file.get_slice("model.layers.0.mlp.down_proj.weight").get_dtype() == "I8"
+        assert file.get_slice("model.layers.0.mlp.down_proj.weight_int8").get_dtype() == "I8"
     on_disk = (kept / "model.safetensors").stat().st_size / 1e6
     assert numbers(account)["whole model on disk, MB"][1] == pytest.approx(on_disk, abs=0.01)
     assert (kept / "tokenizer.json").is_file()

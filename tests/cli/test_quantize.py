@@ -44,7 +44,7 @@ def test_plain(folder, capsys):
     assert "saved to" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(folder / "int8")
     up = model.model.layers[0].mlp.up_proj
-    assert up.weight.dtype == torch.int8 and up.quantization.activations == "int8"
+    assert up.weight_int8.dtype == torch.int8 and up.quantization.activations == "int8"
     assert model.model.layers[0].self_attn.o_proj.weight.dtype == torch.float32
     assert AutoTokenizer.from_pretrained(folder / "int8")("the cat")["input_ids"]
 

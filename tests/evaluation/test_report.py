@@ -37,7 +37,7 @@ def test_weight_figures_by_hand():
     channels = [decibels(exact[n], got[n]) for n in range(5)]
     assert report.worst_channel == min(range(5), key=channels.__getitem__)
     assert report.worst_channel_sqnr == pytest.approx(min(channels), abs=1e-6)
-    codes = quantized[0].weight
+    codes = quantized[0].weight_int8
     assert report.share_at_ends == pytest.approx(float(((codes == -128) | (codes == 127)).double().mean()))
     assert (report.bytes_before, report.bytes_after) == (4 * (30 + 5), 30 + 5 * (4 + 1) + 4 * 5)
     assert report.sqnr_source == "float weights" and report.parameters == 35

@@ -84,7 +84,7 @@ def test_packed_words_hold_code_plus_128_the_first_lowest(tmp_path):
     assert (packed.dtype, list(packed.shape)) == (torch.int32, [88, 8])
     words = packed.numpy().astype("<u4")
     codes = torch.from_numpy(words.view("uint8").reshape(88, 32).astype("int16")) - 128
-    assert torch.equal(codes.to(torch.int8), module.weight)
+    assert torch.equal(codes.to(torch.int8), module.weight_int8)
     assert stored["model.layers.1.mlp.up_proj.weight_shape"].tolist() == [88, 32]
     assert torch.equal(stored["model.layers.1.mlp.up_proj.weight_scale"], module.weight_scale)
 
@@ -119,7 +119,7 @@ def test_convolutions_are_float_there_and_it_is_said(tmp_path, caplog):
 def test_a_head_that_is_tied_to_a_quantized_embedding_is_float_there(tmp_path):
     pytest.importorskip("compressed_tensors")
     model = quantized(tiny_models.llama(tied=True), symmetric=True, quantize_embeddings=True)
-    assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.int8
+    assert model.lm_head.weight_int8 is model.model.embed_tokens.weight_int8
     export(model, tmp_path / "ct", "compressed-tensors")
     assert config_of(tmp_path / "ct")["ignore"] == ["lm_head"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct")
@@ -161,7 +161,7 @@ def test_bitsandbytes(tmp_path):
     stored = load_file(tmp_path / "bnb" / "model.safetensors")
     module = model.model.layers[0].mlp.down_proj
     prefix = "model.layers.0.mlp.down_proj."
-    assert torch.equal(stored[prefix + "weight"], module.weight)
+    assert torch.equal(stored[prefix + "weight"], module.weight_int8)
     assert torch.equal(stored[prefix + "SCB"], module.weight_scale.flatten() * 127)
     assert (stored[prefix + "weight_format"].dtype, int(stored[prefix + "weight_format"])) == (torch.uint8, 0)
 
@@ -250,7 +250,7 @@ def test_gguf(tmp_path, kind, plain, pre):
     down = tensors["blk.0.ffn_down.weight"]
     assert down.tensor_type.name == "Q8_0"
     codes = down.data.reshape(64, 3, 34)[:, :, 2:].reshape(64, 96).view("int8")
-    assert torch.equal(torch.from_numpy(codes.copy()), model.model.layers[0].mlp.down_proj.weight)
+    assert torch.equal(torch.from_numpy(codes.copy()), model.model.layers[0].mlp.down_proj.weight_int8)
     # Only the scales are rounded, to float16: 2^-11 of a weight.
     assert_same_logits(load_gguf(tmp_path / "model.gguf"), model, tolerance=2e-3)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")

@@ -21,15 +21,16 @@ from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.cli.main import main
 from mono_quant_hf.hub import HubError, export, push_to_hub, quantize_checkpoint
 from mono_quant_hf.hub.export_compressed_tensors import pack, quantization_config
+from mono_quant_hf.modules import QuantizedModule
 from tests import tiny_models
 from tests.hub.test_export import byte_level_tokenizer, load_gguf, wide
 
 
 def codes_of(model):
     return {
-        name: (module.weight, module.weight_scale, module.weight_zero_point)
+        name: module.stored()
         for name, module in model.named_modules()
-        if getattr(module, "weight_scale", None) is not None
+        if isinstance(module, QuantizedModule) and module.quantization.weights == "int8"
     }
 
 
@@ -145,7 +146,7 @@ def test_bitsandbytes_as_transformers_writes_it(tmp_path):
         ours.bert.encoder.layer[0].intermediate.dense,
         theirs.bert.encoder.layer[0].intermediate.dense,
     )
-    assert torch.equal(module.weight, other.weight.data)
+    assert torch.equal(module.weight_int8, other.weight.data)
     expected = theirs.dequantize(torch.float32).eval()
     assert (
         tiny_models.relative_error(tiny_models.logits(ours.dequantize()), tiny_models.logits(expected)) < 1e-5

@@ -15,6 +15,7 @@ from tests import tiny_models
 from tests.integration.families import FAMILIES
 
 UP = "model.layers.0.mlp.up_proj.weight"
+CODES = f"{UP}_int8"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def copy(folders, tmp_path):
     return copied
 
 
-def edit(folder, change, name=UP):
+def edit(folder, change, name=CODES):
     """Change the tensors of the file that holds `name`."""
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -90,7 +91,7 @@ def test_another_float_model_is_told(folders, tmp_path):
         other.get_parameter(UP).mul_(1.5)
     other.save_pretrained(tmp_path)
     (flaw,) = verify_checkpoint(folders / "int8", tmp_path).flaws
-    assert flaw.tensor == UP and "made from another float model" in flaw.message
+    assert flaw.tensor == CODES and "made from another float model" in flaw.message
 
 
 def put(name, value):
@@ -114,9 +115,9 @@ def scale_of(value):
         (scale_of(-1.0), f"{UP}_scale", "no scale"),
         (lambda t: t.pop(f"{UP}_scale"), f"{UP}_scale", "missing"),
         (lambda t: t.pop(f"{UP}_zero_point"), f"{UP}_zero_point", "missing"),
-        (put(UP, lambda t: t[:-1].clone()), UP, "has shape"),
-        (put(UP, lambda t: t.to(torch.int32)), UP, "neither int8 codes nor floating-point"),
-        (put(f"{UP}_scale", lambda t: t.flatten()), f"{UP}_scale", "where the model needs F32"),
+        (put(CODES, lambda t: t[:-1].clone()), CODES, "to be I8"),
+        (put(CODES, lambda t: t.to(torch.int32)), CODES, "to be I8"),
+        (put(f"{UP}_scale", lambda t: t.flatten()), f"{UP}_scale", "to be F32"),
         (lambda t: t.update(stray=torch.ones(2)), "stray", "is not in model.safetensors.index.json"),
     ],
 )
@@ -153,11 +154,11 @@ def test_a_damaged_tensor_that_is_not_quantized_is_named(copy, change, said):
 
 def test_every_flaw_is_told_and_not_only_the_first(copy):
     folder = copy("int8")
-    other = "model.layers.1.self_attn.q_proj.weight"
-    edit(folder, lambda tensors: tensors[UP].view(torch.uint8)[0, 0].add_(1))
+    other = "model.layers.1.self_attn.q_proj.weight_int8"
+    edit(folder, lambda tensors: tensors[CODES].view(torch.uint8)[0, 0].add_(1))
     edit(folder, lambda tensors: tensors[other].view(torch.uint8)[0, 0].add_(1), other)
     found = verify_checkpoint(folder)
-    assert sorted(flaw.tensor for flaw in found.flaws) == [UP, other]
+    assert sorted(flaw.tensor for flaw in found.flaws) == [CODES, other]
     assert all("is not what was saved" in flaw.message for flaw in found.flaws)
 
 
@@ -192,7 +193,7 @@ def test_zero_points_that_the_config_does_not_want(copy):
 
 def test_a_code_below_the_symmetric_range_is_a_note(copy):
     folder = copy("symmetric")
-    edit(folder, lambda tensors: tensors[UP][0].fill_(-128))
+    edit(folder, lambda tensors: tensors[CODES][0].fill_(-128))
     edit_config(folder, lambda config: config["quantization_config"].pop("checksums"))
     found = verify_checkpoint(folder)
     assert found.ok and any("-128" in note and UP in note for note in found.notes)

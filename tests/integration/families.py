@@ -260,7 +260,6 @@ FAMILIES = [
         ),
         {"input_ids": TOKENS},
         generates=True,
-        left_in_float="MambaMixer.forward reads its weight",
     ),
     _decoder("Mixtral", hf.MixtralForCausalLM, hf.MixtralConfig, num_local_experts=4),
     _decoder("Qwen3-MoE", hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, head_dim=16, num_experts=4, **EXPERTS),
@@ -336,7 +335,6 @@ FAMILIES = [
         _SEQ2SEQ_INPUTS,
         generates=True,
         generation={"input_ids": TOKENS},
-        left_in_float="the model keeps it in float32",
     ),
     Family(
         "BART",
@@ -380,7 +378,6 @@ FAMILIES = [
         hf.SiglipModel,
         lambda: _two_towers(hf.SiglipConfig, hf.SiglipTextConfig),
         {"input_ids": TOKENS, "pixel_values": images()},
-        left_in_float="no quantized form of MultiheadAttention",
     ),
     _vision("ViT", hf.ViTForImageClassification, hf.ViTConfig, **VISION),
     _vision("DINOv2", hf.Dinov2Model, hf.Dinov2Config, **VISION),

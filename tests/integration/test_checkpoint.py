@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.modules import QuantizedModule
 from tests import tiny_models
 from tests.tiny_models import logits
 
@@ -47,12 +48,15 @@ def replace(name, make):
         (lambda t: t.pop(f"{UP}.weight_zero_point"), rf"{UP}\.weight_zero_point is missing"),
         (
             replace(f"{UP}.weight_scale", lambda s: s[:, 0].clone()),
-            r"weight_scale.*F32 \[88\].*F32 \[88, 1\]",
+            r"weight_scale.*to be F32 \[88, 1\], got F32 \[88\]",
         ),
-        (replace(f"{UP}.weight_scale", lambda s: s[:-1].clone()), r"weight_scale.*\[87, 1\].*\[88, 1\]"),
-        (replace(f"{UP}.weight_scale", torch.Tensor.bfloat16), r"weight_scale.*BF16.*F32"),
-        (replace(f"{UP}.weight_zero_point", torch.Tensor.float), r"weight_zero_point.*F32.*I8"),
-        (replace(f"{UP}.weight", lambda w: w[:, :-1].clone()), rf"{UP}\.weight.*\[88, 31\].*\[88, 32\]"),
+        (replace(f"{UP}.weight_scale", lambda s: s[:-1].clone()), r"weight_scale.*\[88, 1\].*\[87, 1\]"),
+        (replace(f"{UP}.weight_scale", torch.Tensor.bfloat16), r"weight_scale.*to be F32.*got BF16"),
+        (replace(f"{UP}.weight_zero_point", torch.Tensor.float), r"weight_zero_point.*to be I8.*got F32"),
+        (
+            replace(f"{UP}.weight_int8", lambda w: w[:, :-1].clone()),
+            rf"{UP}\.weight_int8.*\[88, 32\].*\[88, 31\]",
+        ),
     ],
     ids=[
         "no scale",
@@ -88,7 +92,7 @@ def test_a_missing_shard_is_named(model, tmp_path):
 
 def test_a_float_weight_where_the_config_says_int8_is_loaded_as_float(folder, model, caplog):
     def make_float(tensors):
-        del tensors[f"{UP}.weight_scale"], tensors[f"{UP}.weight_zero_point"]
+        del tensors[f"{UP}.weight_int8"], tensors[f"{UP}.weight_scale"], tensors[f"{UP}.weight_zero_point"]
         tensors[f"{UP}.weight"] = model.get_submodule(UP).dequantized()
 
     edit(folder, make_float)
@@ -114,13 +118,16 @@ def test_a_newer_format_version_says_to_upgrade(folder):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_float_checkpoint_of_another_shape_is_refused_while_quantizing(tmp_path):
+def test_a_float_checkpoint_of_another_shape_is_what_transformers_makes_of_it(tmp_path):
     tiny_models.llama().save_pretrained(tmp_path)
     edit(tmp_path, replace(f"{UP}.weight", lambda w: w[:, :-1].clone()))
-    with pytest.raises(
-        ValueError, match=rf"{UP}\.weight has shape \(88, 31\) where the model has \(88, 32\)"
-    ):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=MonoQuantConfig())
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=MonoQuantConfig(), ignore_mismatched_sizes=True
+    )
+    assert type(loaded.get_submodule(UP)) is torch.nn.Linear  # of new random weights, as in a float model
+    assert sum(isinstance(module, QuantizedModule) for module in loaded.modules()) == 13
 
 
 def test_loading_says_what_was_quantized(tmp_path, caplog):

@@ -118,7 +118,7 @@ def change_a_tensor(folder, draw):
         if kind == "remove":
             del tensors[name]
         elif kind == "rename":
-            tensors[name + draw(st.sampled_from(["x", ".weight", "_scale"]))] = tensors.pop(name)
+            tensors[name + draw(st.sampled_from(["x", ".weight", "_int8", "_scale"]))] = tensors.pop(name)
         elif kind == "dtype":
             dtypes = [torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int64]
             tensors[name] = tensor.to(draw(st.sampled_from(dtypes)))
@@ -232,7 +232,7 @@ def test_a_shard_of_another_save_is_named(sharded, tmp_path):
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
 def test_changed_bytes_name_the_file_and_the_tensor(kind, request, tmp_path):
     shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
-    name = "model.layers.0.mlp.up_proj.weight"
+    name = "model.layers.0.mlp.up_proj.weight_int8"
     for file in (tmp_path / "model").glob("*.safetensors"):
         if name in load_file(file):
             edit(file, lambda tensors: tensors[name].view(torch.uint8)[3, 4].add_(1))

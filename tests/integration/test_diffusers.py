@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mono_quant_hf import MonoQuantConfig, load_quantized, quantize_model, save_quantized
-from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
+from mono_quant_hf.modules import QuantizedModule
 from tests.tiny_models import relative_error
 
 diffusers = pytest.importorskip(
@@ -178,8 +178,8 @@ def dequantized_by_hand(model):
             continue
         plain = module.to_float()
         if module.quantization.weights == "int8":
-            zero_point = 0 if module.weight_zero_point is None else module.weight_zero_point.float()
-            plain.weight.data = (module.weight.float() - zero_point) * module.weight_scale
+            codes, scale, zero_point = module.stored()
+            plain.weight.data = (codes.float() - (0 if zero_point is None else zero_point.float())) * scale
         twin.set_submodule(name, plain)
     return twin
 

@@ -144,7 +144,7 @@ def test_timm_models_in_transformers(tmp_path):
     model.save_pretrained(tmp_path / "float")
     images = torch.randn(2, 3, 64, 64)
     quantized = AutoModelForImageClassification.from_pretrained(tmp_path / "float", **QUANTIZED).eval()
-    assert [m for m in quantized_modules(quantized) if isinstance(m, nn.Conv2d)]
+    assert [m for m in quantized_modules(quantized) if isinstance(m, torch.nn.Conv2d)]
     with torch.no_grad():
         expected, found = model(images).logits, quantized(images).logits
         assert torch.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.99

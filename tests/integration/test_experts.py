@@ -1,4 +1,4 @@
-"""Mixtures of experts between checkpoint and model: merged while loading, split again while saving."""
+"""Mixtures of experts between checkpoint and model: merged while loading, split again only when saved as float."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.modules import QuantizedModule
 
 from .families import FAMILIES
-from .measure import outputs
+from .measure import outputs, relative_error
 
 MODELS = [
     family
@@ -58,17 +58,16 @@ def test_shards_and_what_is_in_them(family, weights, symmetric, tmp_path):
     assert stored(tmp_path / "in memory").keys() == stored(tmp_path / "quantized").keys()
 
 
-def test_on_disk_each_expert_is_a_linear_layer_with_its_scales(tmp_path):
+def test_on_disk_they_are_what_they_are_in_the_model(tmp_path):
     family = next(family for family in MODELS if family.name == "Qwen3-MoE")
     quantized(family, tmp_path).save_pretrained(tmp_path / "quantized")
     tensors = stored(tmp_path / "quantized")
-    for projection, shape in (("gate_proj", (32, 64)), ("up_proj", (32, 64)), ("down_proj", (64, 32))):
-        for expert in range(4):
-            name = f"model.layers.1.mlp.experts.{expert}.{projection}"
-            assert tuple(tensors[f"{name}.weight"].shape) == shape
-            assert tensors[f"{name}.weight"].dtype == torch.int8
-            assert tuple(tensors[f"{name}.weight_scale"].shape) == (shape[0], 1)
-            assert tuple(tensors[f"{name}.weight_zero_point"].shape) == (shape[0], 1)
+    for projection, shape in (("gate_up_proj", (4, 64, 64)), ("down_proj", (4, 64, 32))):
+        name = f"model.layers.1.mlp.experts.{projection}"
+        assert (tensors[f"{name}_int8"].dtype, tuple(tensors[f"{name}_int8"].shape)) == (torch.int8, shape)
+        assert tuple(tensors[f"{name}_scale"].shape) == (*shape[:2], 1)
+        assert tuple(tensors[f"{name}_zero_point"].shape) == (*shape[:2], 1)
+    assert not [name for name in tensors if ".experts.0." in name]
 
 
 @EACH
@@ -99,10 +98,11 @@ def test_every_implementation_that_may_be_selected(implementation, dtype, tmp_pa
     model = quantized(family, tmp_path, experts_implementation=implementation, dtype=dtype)
     assert model.config._experts_implementation == implementation and model.dtype == dtype
     reference = quantized(family, tmp_path, dtype=dtype, experts_implementation="eager")
-    assert torch.equal(outputs(model, family.inputs)[0], outputs(reference, family.inputs)[0])
-    assert not model.hf_quantizer.is_compileable
+    expected, tolerance = outputs(reference, family.inputs), 1e-4 if dtype == torch.float32 else 0.02
+    assert relative_error(expected, outputs(model, family.inputs)) < tolerance
+    assert model.hf_quantizer.is_compileable
     model.set_experts_implementation("batched_mm")
-    assert torch.equal(outputs(model, family.inputs)[0], outputs(reference, family.inputs)[0])
+    assert relative_error(expected, outputs(model, family.inputs)) < tolerance
 
 
 @EACH

@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -40,9 +41,31 @@ def test_any_module_is_quantized_in_place(config):
     assert torch.equal(restored.eval()(x), model(x))
 
 
-def test_a_single_layer_is_returned_as_another_object():
+def test_a_single_layer_is_quantized_itself():
     layer = nn.Linear(4, 4)
-    assert isinstance(quantize_model(layer), QuantizedLinear) and type(layer) is nn.Linear
+    assert quantize_model(layer) is layer and isinstance(layer, QuantizedLinear)
+
+
+def test_whoever_holds_a_module_holds_the_quantized_one():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.in_list, self.in_dict = [self.one], {"other": self.other}
+            self.in_tuple, self.in_partial = (self.one,), functools.partial(self.other)
+            self.in_closure = lambda x: self.one(x)
+
+        def forward(self, x):
+            for run in (self.in_list[0], self.in_dict["other"], self.in_tuple[0], self.in_partial):
+                x = x + run(x) / 4
+            return self.in_closure(x)
+
+    torch.manual_seed(0)
+    model, x = Holder(), torch.randn(3, 8)
+    expected = model(x)
+    quantize_model(model)
+    assert isinstance(model.in_list[0], QuantizedLinear) and model.in_list[0] is model.one
+    assert 0 < relative_error(model(x), expected) < 0.05
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["int8", "int8 symmetric", "float16"])
@@ -75,14 +98,15 @@ def test_two_modules_that_share_a_weight_stay_float_and_tied():
 
 
 def test_multihead_attention_still_works():
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0).train()
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0)
     x = torch.randn(2, 3, 8)
     expected = model(x)
     quantize_model(model)
-    assert (
-        isinstance(model.linear1, QuantizedLinear) and type(model.self_attn.out_proj) is not QuantizedLinear
-    )
-    assert relative_error(model(x), expected) < 0.05
+    for module in (model.linear1, model.self_attn, model.self_attn.out_proj):
+        assert isinstance(module, QuantizedModule)
+    assert relative_error(model.train()(x), expected) < 0.05
+    with torch.no_grad():  # where torch takes its fast path
+        assert relative_error(model.eval()(x), expected) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_saving_again_gives_the_same_checksums(folder, tmp_path):
 def test_layers_quantized_one_by_one_are_saved_too(tmp_path):
     saved = nn.Sequential(QuantizedLinear(4, 4), nn.Linear(4, 4))
     nn.init.constant_(saved[0].weight_scale, 0.5)
-    nn.init.zeros_(saved[0].weight)
+    nn.init.zeros_(saved[0].weight_int8)
     nn.init.zeros_(saved[0].weight_zero_point)
     save_quantized(saved, tmp_path / "model")
     loaded = load_quantized(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path / "model")
@@ -102,8 +102,8 @@ def test_layers_quantized_one_by_one_are_saved_too(tmp_path):
     ("damage", "words"),
     [
         (
-            lambda tensors: tensors["conv.weight"].view(-1)[3:4].add_(1),
-            r"conv\.weight in .* is not what was saved",
+            lambda tensors: tensors["conv.weight_int8"].view(-1)[3:4].add_(1),
+            r"conv\.weight_int8 in .* is not what was saved",
         ),
         (lambda tensors: tensors.pop("conv.weight_scale"), r"conv\.weight_scale is missing"),
         (lambda tensors: tensors.pop("norm.running_mean"), r"norm\.running_mean of Own is missing"),

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.integration import Decision, quantized_share
 from mono_quant_hf.integration.selection import decide
+from mono_quant_hf.modules import QuantizedModule
 from tests import tiny_models
 
 
@@ -42,51 +43,17 @@ def test_the_first_override_that_matches_decides():
     assert decisions["b"].symmetric is True and decisions["b"].reason == "module_overrides['re:b$']"
 
 
-class ReadsWeights(nn.Module):
-    """Reads the weights of its modules in every way that is found in the wild."""
-
-    def __init__(self):
-        super().__init__()
-        self.called, self.cast_to, self.computed_with = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
-        self.aliased, self.only_device, self.excepted = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
-        self.listed = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-        self.looped = nn.ModuleList([nn.Linear(2, 2)])
-        nn.init.zeros_(self.called.weight)
-
-    def init_weights(self):
-        self.called.weight.data.zero_()
-
-    def forward(self, x):
-        x = self.called(x.to(self.cast_to.weight.dtype)).to(self.only_device.weight.device)
-        x = nn.functional.linear(x, self.computed_with.weight)
-        proj = self.aliased
-        x = x.to(proj.weight.dtype) + self.listed[1].weight.sum()
-        for layer in self.looped:
-            x = x.to(layer.weight.dtype)
-        if isinstance(self.excepted.weight, torch.Tensor) and self.excepted.weight.dtype != torch.int8:
-            x = x.to(self.excepted.weight.dtype)
-        return self.excepted(x)
-
-
-def test_modules_whose_weight_is_read_stay_float_with_the_reason():
-    decisions = {d.module: d for d in decide(ReadsWeights(), MonoQuantConfig())}
-    quantized = {name for name, decision in decisions.items() if decision.quantized}
-    assert quantized == {"called", "only_device", "excepted", "listed.0"}
-    assert decisions["cast_to"].reason == "ReadsWeights.forward reads the dtype of its weight"
-    assert decisions["computed_with"].reason == "ReadsWeights.forward reads its weight"
-    half = {d.module: d for d in decide(ReadsWeights(), MonoQuantConfig(weights="float16"))}
-    assert not half["excepted"].quantized
-
-
-def test_the_dtype_of_a_model_is_not_read_from_a_scale():
+@pytest.mark.parametrize("weights", ["int8", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_of_a_model_is_not_read_from_a_scale(dtype, weights):
     # Without a bias in front, the first floating-point parameter of a ResNet would be a float32 scale.
-    stem = "resnet.embedder.embedder.convolution"
-    model = tiny_models.resnet()
-    for dtype, quantized in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
-        decisions = {d.module: d for d in decide(model.to(dtype), MonoQuantConfig())}
-        assert decisions[stem].quantized == quantized
-    decisions = {d.module: d for d in decide(model.to(torch.float32), MonoQuantConfig(weights="float16"))}
-    assert decisions[stem].reason == "ResNetForImageClassification.dtype is read from it"
+    model = quantize_model(tiny_models.resnet().to(dtype), MonoQuantConfig(weights=weights))
+    stem = model.resnet.embedder.embedder.convolution
+    assert isinstance(stem, QuantizedModule) and next(iter(stem.state_dict())) == "weight_dtype"
+    assert model.dtype == model.resnet.dtype == dtype
+    assert model.to(torch.float32).dtype == torch.float32
+    says = [name for name, _ in model.named_parameters() if name.endswith("weight_dtype")]
+    assert says == ["resnet.embedder.embedder.convolution.weight_dtype"]
 
 
 @pytest.mark.parametrize("field", ["modules_to_not_convert", "module_overrides"])
