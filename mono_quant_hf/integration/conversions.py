@@ -74,6 +74,9 @@ def keep_conversions(model: PreTrainedModel) -> None:
 
 
 def _quantized(conversion: WeightConverter, names: str) -> bool:
-    """Whether something that a conversion gives is quantized, by the names of the model's parameters, one a line."""
+    """Whether something that a conversion gives is quantized, by the names of the model's parameters, one a line.
+
+    What it gives is named by a weight ("experts.gate_up_proj") or by a module ("self_attn.q_proj").
+    """
     targets = (target.removesuffix("$") for target in conversion._original_target_patterns)
-    return any(re.search(rf"{target}_(int8|float16)$", names, re.MULTILINE) for target in targets)
+    return any(re.search(rf"{target}(\.\w+)?_(int8|float16)$", names, re.MULTILINE) for target in targets)
