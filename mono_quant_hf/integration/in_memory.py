@@ -165,5 +165,8 @@ def _attach_quantizer(model: PreTrainedModel, config: MonoQuantConfig, decisions
     ):
         setattr(model, name, value)
     model.config.quantization_config = quantizer.quantization_config
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):  # some forwards of transformers look here
+            part.config._is_quantized = True
     add_tags(model, config)
     keep_conversions(model)

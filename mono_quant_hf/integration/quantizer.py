@@ -299,6 +299,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
         for module in list(model.modules()):
             if isinstance(module, QuantizedModule):
                 module.dequantize(float_dtype)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                vars(part.config).pop("_is_quantized", None)
         withdraw_tied_storage(model)
         undo_resizable(model)
         remove_tags(model, self.quantization_config)
