@@ -16,7 +16,7 @@ from mono_quant_hf.config import OVERRIDE_FIELDS, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
 from .patterns import Aliases, PatternTracker, matches_as_in_transformers, matches_glob_or_regex
-from .tying import input_embeddings_and_heads, tied_modules
+from .tying import input_embeddings_and_heads, modules_tied_wholly, tied_modules
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -62,8 +62,8 @@ def decide(model: nn.Module, config: MonoQuantConfig) -> list[Decision]:
     Patterns that match nothing, and overrides of modules that must stay in float, are warned about.
 
     Args:
-        model: any module, also on the meta device. In a `PreTrainedModel` the output head and tied weights are left
-            alone, in addition to the user's own list.
+        model: any module, also on the meta device. In a `PreTrainedModel` the output head, and what is tied to it or
+            to an embedding, are left alone, in addition to the user's own list.
         config: what the user asks for.
     """
     candidates = {name: module for name, module in model.named_modules() if _holds_weight(module)}
@@ -76,7 +76,7 @@ def decide(model: nn.Module, config: MonoQuantConfig) -> list[Decision]:
     )
     embeddings_and_heads = input_embeddings_and_heads(model)
     chosen = embeddings_and_heads if config.quantize_embeddings else set()
-    defaults = _default_skips(model, candidates, chosen)
+    defaults = _default_skips(model, candidates, embeddings_and_heads, chosen)
     if not config.quantize_embeddings:
         tables = [name for name in embeddings_and_heads if isinstance(candidates.get(name), nn.Embedding)]
         defaults |= dict.fromkeys(tables, EMBEDDINGS_OFF)
@@ -208,23 +208,25 @@ def _holds_weight(module: nn.Module) -> bool:
     return any(p is not None and p.dim() > 1 for p in module._parameters.values())
 
 
-def _default_skips(model: nn.Module, candidates: dict[str, nn.Module], chosen: set[str]) -> dict[str, str]:
+def _default_skips(
+    model: nn.Module, candidates: dict[str, nn.Module], embeddings_and_heads: set[str], chosen: set[str]
+) -> dict[str, str]:
     """`{module name: reason}` for what is left in float whatever the user says, unless it is `chosen`."""
     reasons: dict[str, str] = {}
-    if isinstance(model, PreTrainedModel):
+    twins: set[str] = set()
+    if isinstance(model, PreTrainedModel):  # which keeps what is tied so, also in what it saves
+        twins = modules_tied_wholly(model, candidates) - embeddings_and_heads
         heads = get_keys_to_not_convert(model)
-        for name in candidates:
-            if name not in chosen and any(name == key or name.startswith(f"{key}.") for key in heads):
+        *_, (last, _) = model.named_parameters()  # transformers takes it for a head where no other is known
+        for name in candidates.keys() - chosen:
+            tied_only = name in twins and name != last.removesuffix(".weight")
+            if not tied_only and any(name == key or name.startswith(f"{key}.") for key in heads):
                 reasons[name] = "output head or tied weight"
-    users: dict[int, list[str]] = {}
-    for name, module in candidates.items():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name)
-    for names in users.values():
-        for name in names if len(names) > 1 and not chosen.issuperset(names) else ():
-            reasons.setdefault(
-                name, f"it shares its weight with {next(other for other in names if other != name)}"
-            )
+    for group in tied_modules(model):
+        if not (chosen.issuperset(group) or twins.issuperset(group)):
+            for name in group:
+                other = next(other for other in group if other != name)
+                reasons.setdefault(name, f"it shares its weight with {other}")
     return reasons
 
 
