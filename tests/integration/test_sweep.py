@@ -43,12 +43,26 @@ def test_a_class_is_right(results, name):
 
 
 def test_the_report_names_what_is_wrong():
-    shared = {"inputs": ["input_ids"], "way": "uniform", "share": 0.5, "share_of_matrices": 0.5, "outside": 100}
+    shared = {
+        "inputs": ["input_ids"],
+        "way": "uniform",
+        "share": 0.5,
+        "share_of_matrices": 0.5,
+        "outside": 100,
+    }
     left = {"left": {"Linear.weight: modules_to_not_convert": 50}}
     text = report(
         [
             {"model_type": "a", "class": "AModel", "status": "right", **shared, **left},
-            {"model_type": "b", "class": "BModel", "status": "crash", "stage": "saving", "problem": "b | c", **shared, **left},
+            {
+                "model_type": "b",
+                "class": "BModel",
+                "status": "crash",
+                "stage": "saving",
+                "problem": "b | c",
+                **shared,
+                **left,
+            },
             {"model_type": "c", "class": "CModel", "status": "float fails", "problem": "too large"},
         ]
     )

@@ -18,11 +18,12 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 VOCABULARY = 128
 WORDS = 90  # token ids from here to the vocabulary's end are special ones
 LENGTH = 12
-MOST_PARAMETERS = 100_000_000
+MOST_PARAMETERS = 62_000_000
 
 
 class CannotRun(Exception):
@@ -62,24 +63,36 @@ _LEFT = re.compile(
     r"|range|dropout|prob|loss|seed|group|_base$|bins|level|multiple|divisor|num_labels|type_vocab|mask_time|mask_feature"
     r"|pos_emb_time|max_rel|rel_pos|rel_2d|roi|num_channels|_mult$|expand|n_floor|quantization_config|dtype"
 )
-_TOKEN = re.compile(r"(token_id|token_index|_token_ids|_tokens_ids|(unk|mask|pad|bos|eos|image|audio|video)_index)$")
-_VOCABULARY = re.compile(r"vocab|codebook_size|num_codevectors|num_embeddings$|num_embeds|num_tokens$|n_vocab")
-_LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks|repeats|blocks_per_stage|num_layers)$|^n_layers?$|num_res_blocks")
+_TOKEN = re.compile(
+    r"(token_id|token_index|_token_ids|_tokens_ids|(unk|mask|pad|bos|eos|image|audio|video)_index)$"
+)
+_VOCABULARY = re.compile(
+    r"vocab|codebook_size|num_codevectors|num_embeddings$|num_embeds|num_tokens$|n_vocab"
+)
+_LAYERS = re.compile(
+    r"(^|_)(layers?|depths?|blocks|repeats|blocks_per_stage|num_layers)$|^n_layers?$|num_res_blocks"
+)
 _NO_LAYERS = re.compile(r"^(min|max)_|window_layers|feat_extract|global_layers|no_rope|_dense|stage_num")
 _INDICES = re.compile(r"index|indices|idx|layers$|blocks$")
 _CHOSEN = re.compile(r"per_tok|per_token|top_?k$|moe_k$|topk_experts")
 _GROUPS = re.compile(r"^(topk_group|n_group)$")
 _EXPERTS = re.compile(r"(^|_)experts$")
 _PERIOD = re.compile(r"(_period|_interval|_frequency|_pattern|sparse_step|first_k_dense_replace)$")
-_POSITIONS = re.compile(r"position|max_seq|max_len|seq_len|block_size|context_length|n_ctx|max_text|max_pos|^seq_length$")
+_POSITIONS = re.compile(
+    r"position|max_seq|max_len|seq_len|block_size|context_length|n_ctx|max_text|max_pos|^seq_length$"
+)
 _IMAGE = re.compile(r"(image|img|input|crop|spec)_size$|^resolution$|pretrain_image_size|^size$")
 _PATCH = re.compile(r"^(patch_size|patch_sizes|patch_length)$")
 _IMAGE_TOKENS = re.compile(r"^(image_seq_length|num_image_tokens|mm_tokens_per_image|num_patches)$")
 _STATE_HEADS = re.compile(r"mamba.*heads$")
 _KEY_HEADS = re.compile(r"(kv|key_value|key|k)_heads?$|n_head_kv|multi_query_group")
 _HEADS = re.compile(r"heads?(_per_stage)?$")
-_HEAD_DIM = re.compile(r"head_dim$|head_v_dim|^d_kv$|^d_head$|dim_head$|kv_channels|head_size$|mamba_d_head|rotary_dim|d_rel")
-_INTERMEDIATE = re.compile(r"intermediate|ffn|mlp_(hidden_)?dim|d_ff|d_inner|feed_?forward|linear_units|dim_ff")
+_HEAD_DIM = re.compile(
+    r"head_dim$|head_v_dim|^d_kv$|^d_head$|dim_head$|kv_channels|head_size$|mamba_d_head|rotary_dim|d_rel"
+)
+_INTERMEDIATE = re.compile(
+    r"intermediate|ffn|mlp_(hidden_)?dim|d_ff|d_inner|feed_?forward|linear_units|dim_ff"
+)
 _WIDTH = re.compile(
     r"hidden|dim|size|width|channels?|rank|units|embd|embed|feature|filters|d_model|projection|latent|proj|state"
 )
@@ -88,11 +101,49 @@ _WIDTHS_LISTED = re.compile(r"dim|size|channel|width|embed|filter|hidden")
 
 _SERIES = {"prediction_length": 8, "context_length": 16}
 _IMAGE_TOKEN = {"image_token_index": VOCABULARY - 1}
+_EFFICIENTNET = {
+    "hidden_dim": 1280,
+    "width_coefficient": 1.0,
+    "depth_coefficient": 1.0,
+    "kernel_sizes": [3, 3],
+    "in_channels": [32, 24],
+    "out_channels": [24, 40],
+    "depthwise_padding": [],
+    "strides": [1, 2],
+    "num_block_repeats": [1, 1],
+    "expand_ratios": [1, 6],
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": {**_SERIES, "label_length": 8},
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
+    "efficientnet": _EFFICIENTNET,
+    "align_vision_model": _EFFICIENTNET,
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": VOCABULARY - 1,
+            **{f"<|visual token {place:06d}|>": place for place in range(VOCABULARY - 8)},
+        }
+    },
     "blip-2": _IMAGE_TOKEN,
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "chameleon": {
+        "vocabulary_map": {
+            "<image>": VOCABULARY - 1,
+            **{
+                f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(place))}Z": place
+                for place in range(VOCABULARY - 8)
+            },
+        }
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "instructblip": _IMAGE_TOKEN,
     "instructblipvideo": {"video_token_index": VOCABULARY - 1},
 }
@@ -122,18 +173,20 @@ class _Shrinking:
         counts = {
             value
             for name in declared
-            if re.search("layer|block|depth", name) and type(value := getattr(config, name, None)) is int and value > 2
+            if re.search("layer|block|depth", name) and type(value := _get(config, name)) is int and value > 2
         }
         per_layer = {
             name: list(value)
             for name in declared
-            if isinstance(value := getattr(config, name, None), (list, tuple))
+            if isinstance(value := _get(config, name), (list, tuple))
             and len(value) in counts
             and (isinstance(value[0], (str, bool)) or "layer" in name)
         }
+        maps = list(_get(config, "out_features") or ())  # of a backbone, which may give one a layer
         layers = self._layers_kept(per_layer)
+        depth = max(len(layers) or 2, len(maps))
         for name, default in declared.items():
-            value = getattr(config, name, None)
+            value = _get(config, name, default)
             if name.startswith("_") or value is None or name == "quantization_config":
                 continue
             if type(value).__name__ == "TimmBackboneConfig":
@@ -150,9 +203,13 @@ class _Shrinking:
             elif name in of_all and value == default and not _TOKEN.search(name):
                 continue
             else:
-                values[name] = self._value(name, value, config, len(layers) or 2, counts)
+                values[name] = self._value(name, value, config, depth, counts)
         values |= OVERRIDES.get(config.model_type, {})
-        return type(config)(**values)
+        new = type(config)(**values)
+        if maps:
+            same = len(new.stage_names) == len(config.stage_names)
+            new = type(config)(**values, out_features=maps if same else new.stage_names[-len(maps) :])
+        return new
 
     def _layers_kept(self, per_layer: dict[str, list[Any]]) -> list[int]:
         """Places of layers such that there is one of every kind: at least 2, at most 4."""
@@ -162,10 +219,14 @@ class _Shrinking:
         for place, kind in enumerate(zip(*of_one_length, strict=True)):
             kinds.setdefault(repr(kind), place)
         kept = sorted(kinds.values())[:4]
-        return sorted({*kept, *range(longest)[: max(0, 2 - len(kept))]}) if len(kept) > 1 else [*range(longest)][:2]
+        return (
+            sorted({*kept, *range(longest)[: max(0, 2 - len(kept))]})
+            if len(kept) > 1
+            else [*range(longest)][:2]
+        )
 
     def _value(self, name: str, value: Any, config: Any, layers: int, counts: set[int]) -> Any:
-        if isinstance(value, bool) or isinstance(value, (str, float)):
+        if isinstance(value, (bool, str, float)):
             return False if name == "use_cache" else value
         if isinstance(value, dict):
             return self._of_rope(value) if "rope" in name else value
@@ -173,12 +234,18 @@ class _Shrinking:
             return self._number(name, value, config, layers)
         if isinstance(value, (list, tuple)) and value and all(type(item) is int for item in value):
             increasing = all(a < b for a, b in itertools.pairwise(value))
-            if _INDICES.search(name) and increasing and self.way.layers and counts and value[-1] < max(counts):
+            if (
+                _INDICES.search(name)
+                and increasing
+                and self.way.layers
+                and counts
+                and value[-1] < max(counts)
+            ):
                 kept = [item for item in value if item < layers] or [layers - 1]
                 return type(value)(kept)
-            if self.way.width or self.way.heads:
-                if _WIDTHS_LISTED.search(name) and not _LEFT.search(name) and not _IMAGE.search(name):
-                    return type(value)(_part(item) for item in value)
+            widths = _WIDTHS_LISTED.search(name) and not _LEFT.search(name) and not _IMAGE.search(name)
+            if self.way.heads and widths:
+                return type(value)(_part(item) for item in value)
             return type(value)(self._number(name, item, config, layers) for item in value)
         return value
 
@@ -230,12 +297,14 @@ class _Shrinking:
         if _STATE_HEADS.search(name) or (name == "num_heads" and hasattr(config, "expand")):
             return self._state_heads(config)
         if _KEY_HEADS.search(name):
-            heads = getattr(config, "num_attention_heads", None) or getattr(config, "linear_num_value_heads", None)
+            heads = _get(config, "num_attention_heads") or _get(config, "linear_num_value_heads")
             return way.heads if isinstance(heads, int) and value >= heads else max(1, way.heads // 2)
         if _HEAD_DIM.search(name):
             return way.head_dim * (2 if name == "qk_head_dim" else 1)
         if _HEADS.search(name):
             return way.heads if value > 2 else value
+        if name.endswith("groups") and value == _get(config, "hidden_size"):
+            return way.width or _part(value)
         if _LEFT.search(name) or value <= 16:
             return value
         if _INTERMEDIATE.search(name):
@@ -246,14 +315,22 @@ class _Shrinking:
 
     def _state_heads(self, config: Any) -> int:
         """Heads of a state space model: those of its expanded width."""
-        expand = next((v for n in ("mamba_expand", "expand") if (v := getattr(config, n, None))), 2)
-        width = self.way.width or _part(getattr(config, "hidden_size", 0) or 512)
+        expand = next((v for n in ("mamba_expand", "expand") if (v := _get(config, n))), 2)
+        width = self.way.width or _part(_get(config, "hidden_size") or 512)
         return max(1, int(expand * width) // self.way.head_dim)
 
     def _token(self, value: int) -> int:
         if value < WORDS:
             return value
         return self.special.setdefault(value, VOCABULARY - 1 - len(self.special))
+
+
+def _get(config: Any, name: str, default: Any = None) -> Any:
+    """An attribute; the default where there is none, or another in each layer."""
+    try:
+        return getattr(config, name, default)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return next((f.default for f in dataclasses.fields(config) if f.name == name), default)
 
 
 def _backbone(of_timm: Any) -> PreTrainedConfig:
@@ -273,7 +350,7 @@ def _part(value: int) -> int:
 
 
 def _image_size(config: Any) -> int:
-    patch = getattr(config, "patch_size", None)
+    patch = _get(config, "patch_size")
     patch = patch[0] if isinstance(patch, (list, tuple)) and patch else patch
     return 4 * min(patch, 8) if isinstance(patch, int) and patch > 4 else 64
 
@@ -321,16 +398,22 @@ class _Inputs:
         self.config: Any = self.model.config
         self.parts = list(_parts(self.config))
         self.signature = inspect.signature(self.model.forward).parameters
-        self.batch = 1 if "pixel_values" in self.signature and self._of("image_token_id", "image_token_index") else 2
+        self.batch = (
+            1 if "pixel_values" in self.signature and self._of("image_token_id", "image_token_index") else 2
+        )
         if self.features:
             self.batch = 1
 
     def _of(self, *names: str, default: Any = None, like: str = "") -> Any:
         """The first config field of one of the names, in the parts whose class name is alike first."""
-        parts = sorted(self.parts, key=lambda part: like.lower() not in type(part).__name__.lower()) if like else self.parts
+        parts = (
+            sorted(self.parts, key=lambda part: like.lower() not in type(part).__name__.lower())
+            if like
+            else self.parts
+        )
         for part in parts:
             for name in names:
-                value = getattr(part, name, None)
+                value = _get(part, name)
                 if value is not None and not callable(value):
                     return value
         return default
@@ -346,7 +429,9 @@ class _Inputs:
         return torch.randn(*shape, generator=self.generator)
 
     def _ids(self, batch: int, length: int) -> Tensor:
-        sizes = [size for part in self.parts if isinstance(size := getattr(part, "vocab_size", None), int) and size > 8]
+        sizes = [
+            size for part in self.parts if isinstance(size := _get(part, "vocab_size"), int) and size > 8
+        ]
         return torch.randint(5, min([WORDS, *sizes]), (batch, length), generator=self.generator)
 
     # What an argument of each name may be: several shapes, the likeliest first.
@@ -377,7 +462,9 @@ class _Inputs:
         yield self._ids(self.batch, 6 * books).view(self.batch, 6, books)
 
     def pixel_values(self) -> Iterator[Tensor]:
-        channels = self._number("num_channels", "in_channels", "in_chans", "input_channels", default=3, like="vision")
+        channels = self._number(
+            "num_channels", "in_channels", "in_chans", "input_channels", default=3, like="vision"
+        )
         channels = channels if channels in (1, 3, 4) else 3
         size = self._number("image_size", "img_size", "input_size", default=64, like="vision")
         patch = self._patch()
@@ -570,7 +657,9 @@ class _Inputs:
         yield torch.rand(self.batch, 1, 2, 2, generator=self.generator) * size
 
     def xpath_tags(self) -> Iterator[Tensor]:
-        yield torch.randint(0, 5, (self.batch, LENGTH, self._number("max_depth", default=50)), generator=self.generator)
+        yield torch.randint(
+            0, 5, (self.batch, LENGTH, self._number("max_depth", default=50)), generator=self.generator
+        )
 
     def audio_codes(self) -> Iterator[Tensor]:
         books = self._number("num_quantizers", "num_codebooks", default=4)
@@ -650,11 +739,18 @@ _MAIN = (
     "input_ids", "pixel_values", "image_pixel_values", "pixel_values_videos", "input_features", "input_values",
     "decoder_input_ids", "flattened_patches", "past_values", "bbox", "image", "states",
 )  # fmt: skip
-_TEXT = ("input_ids", "decoder_input_ids", "bbox", "mm_token_type_ids", "moe_mm_token_type_ids", "qformer_input_ids")
+_TEXT = (
+    "input_ids",
+    "decoder_input_ids",
+    "bbox",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "qformer_input_ids",
+)
 _COMPANIONS = {
     "pixel_values": (
-        "image_grid_thw", "image_grid_hw", "image_sizes", "spatial_shapes", "pixel_attention_mask", "image_position_ids",
-        "pixel_position_ids", "aspect_ratio_ids", "aspect_ratio_mask",
+        "image_grid_thw", "image_grid_hw", "image_sizes", "spatial_shapes", "pixel_attention_mask",
+        "image_position_ids", "pixel_position_ids", "aspect_ratio_ids", "aspect_ratio_mask",
     ),
     "image_pixel_values": ("image_sizes",),
     "input_features": ("input_features_mask", "feature_attention_mask"),
@@ -666,9 +762,11 @@ _COMPANIONS = {
     "visual_embeds": (),
 }  # fmt: skip
 """What a forward takes beside text, with what goes along."""
-_ONLY_IF_NEEDED = frozenset(("attention_mask", "encoder_hidden_states", "hidden_states", "query_embeds", "inputs"))
+_ONLY_IF_NEEDED = frozenset(
+    ("attention_mask", "encoder_hidden_states", "hidden_states", "query_embeds", "inputs")
+)
 _COUNTS = re.compile(r"tokens:?\s*(?:tensor\()?(\d+)\)?,?\s*(?:and\s*)?features:?\s*(?:tensor\()?(\d+)")
-MOST_TRIES = 60
+MOST_TRIES, FEW_TRIES, SMALL = 60, 3, 4_000_000
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -690,8 +788,9 @@ def inputs_that_run(
         CannotRun: there is none; says what the likeliest one raised.
     """
     first = ""
+    small = sum(p.numel() for p in model.parameters()) < SMALL
     for names in _sets_of_arguments(model, whole):
-        for inputs in _candidates(model, names):
+        for inputs in itertools.islice(_candidates(model, names), MOST_TRIES if small else FEW_TRIES):
             for _ in range(3):  # the message of one try may say how many image tokens there should be
                 try:
                     run(model, inputs)
@@ -726,7 +825,11 @@ def _sets_of_arguments(model: PreTrainedModel, whole: bool) -> list[list[str]]:
     for modality, companions in _COMPANIONS.items():
         if modality in known:
             beside = [name for name in companions if name in known]
-            sets += [[*required, *text, modality, *beside], [*required, *text, modality], [*required, modality, *beside]]
+            sets += [
+                [*required, *text, modality, *beside],
+                [*required, *text, modality],
+                [*required, modality, *beside],
+            ]
     sets += [
         [*required, *mains, *text],
         [*required, *mains],
@@ -755,7 +858,7 @@ def _candidates(
     if like is not None:
         of_text = ("input_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "attention_mask")
         makers = {name: made if name in of_text else [like[name]] for name, made in makers.items()}
-    for combination in itertools.islice(itertools.product(*makers.values()), MOST_TRIES):
+    for combination in itertools.product(*makers.values()):
         yield dict(zip(names, combination, strict=True))
 
 
@@ -763,11 +866,21 @@ def model_classes(model_type: str) -> list[str]:
     """Names of the classes that transformers' Auto mappings have for a model type, the base model first."""
     from transformers.models.auto import modeling_auto
 
-    first = ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES")
-    mappings = [*first, *(n for n in dir(modeling_auto) if n.endswith("_MAPPING_NAMES") and n not in (*first, "CONFIG_MAPPING_NAMES"))]
+    first = (
+        "MODEL_MAPPING_NAMES",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    )
+    mappings = [
+        *first,
+        *(
+            n
+            for n in dir(modeling_auto)
+            if n.endswith("_MAPPING_NAMES") and n not in (*first, "CONFIG_MAPPING_NAMES")
+        ),
+    ]
     found: list[str] = []
     for mapping in mappings:
         names = getattr(modeling_auto, mapping).get(model_type, ())
         found += [names] if isinstance(names, str) else list(names)
     return [name for name in dict.fromkeys(found) if getattr(transformers, name, None) is not None]
-
