@@ -271,7 +271,11 @@ class QuantizedModule(nn.Module):
         if self.quantization.weights == "float16":
             return getattr(self, f"{weight_name}_float16"), None, None
         codes, scale = getattr(self, f"{weight_name}_int8"), getattr(self, f"{weight_name}_scale")
-        return codes, scale, None if self.quantization.symmetric else getattr(self, f"{weight_name}_zero_point")
+        return (
+            codes,
+            scale,
+            None if self.quantization.symmetric else getattr(self, f"{weight_name}_zero_point"),
+        )
 
     def dequantized(self, weight_name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in `dtype`."""
@@ -380,7 +384,7 @@ class QuantizedModule(nn.Module):
         if type(self) not in _ORIGINS:
             return super().__reduce_ex__(protocol)  # type: ignore[return-value]
         # A class made at run time is not found by its name.
-        return _new_instance, _ORIGINS[type(self)], self.__dict__.copy()
+        return _new_instance, _ORIGINS[type(self)], self.__getstate__()
 
 
 _DTYPES = {
@@ -414,15 +418,21 @@ def quantized_form(
     if not issubclass(mixin, of_torch):
         behind = type(f"Quantized{of_torch.__name__}", (mixin, of_torch), {"__module__": mixin.__module__})
         bases = (float_class, behind) if float_class is not of_torch else (mixin, float_class)
-    attributes = {"weight_axes": dict(axes), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
+    attributes: dict[str, Any] = {
+        "weight_axes": dict(axes),
+        "__module__": mixin.__module__,
+        "__doc__": mixin.__doc__,
+    }
+    # Whoever makes another module of this one's class, as PEFT makes its convolutions, means a float one.
+    attributes["__new__"] = lambda form, *args, **kwargs: float_class(*args, **kwargs)
     form = _FORMS[origin] = type(f"Quantized{float_class.__name__}", bases, attributes)
     _ORIGINS[form] = origin
     return form
 
 
 def _new_instance(mixin: type[QuantizedModule], float_class: type[nn.Module], axes: Any) -> nn.Module:
-    form = quantized_form(mixin, float_class, axes)
-    return form.__new__(form)
+    form: nn.Module = object.__new__(quantized_form(mixin, float_class, axes))
+    return form
 
 
 def check_input(module: QuantizedModule, x: Tensor) -> None:
@@ -449,7 +459,10 @@ def _room(
     for place, key in enumerate(stored_names(name, quantization.weights, quantization.symmetric)):
         dtype = _DTYPES[next(suffix for suffix in _DTYPES if key.endswith(suffix))]
         shape = channels if place else weight.shape
-        room[key] = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=False)
+        place_for = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=False)
+        # transformers draws random numbers into what says nothing of this, also where it is offloaded
+        place_for._is_hf_initialized = "not loaded"  # type: ignore[attr-defined]
+        room[key] = place_for
     return room
 
 
@@ -472,7 +485,7 @@ def _names_of(module: nn.Module) -> set[str]:
 
 def twin_of(module: nn.Module) -> Any:
     """A shallow copy of a module: shared tensors, containers of its own."""
-    twin = type(module).__new__(type(module))
+    twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():
         if name in _CONTAINERS or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):

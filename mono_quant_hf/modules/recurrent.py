@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -38,7 +38,25 @@ class QuantizedRecurrent(QuantizedModule):
 
     @_flat_weights.setter
     def _flat_weights(self, weights: Any) -> None:
+        self._init_flat_weights()
+
+    def _init_flat_weights(self) -> None:
         """What torch gathers anew whenever parameters change; here they are gathered when they are used."""
+
+    _update_flat_weights = flatten_parameters = _init_flat_weights
+
+    @classmethod
+    def make_room(cls, *args: Any, **kwargs: Any) -> Self:
+        return super().make_room(*args, **kwargs)._without_float_weights()
+
+    def lend_to(self, module: nn.Module) -> Self:
+        return super().lend_to(module)._without_float_weights()
+
+    def _without_float_weights(self) -> Self:
+        """Let go of the float weights, which torch keeps in a list too."""
+        self.__dict__.pop("_flat_weights", None)
+        self._flat_weight_refs: list[Any] = []
+        return self
 
     def dequantize(self, *args: Any, **kwargs: Any) -> nn.Module:
         module = super().dequantize(*args, **kwargs)

@@ -79,7 +79,7 @@ def test_verify_exits_with_1_and_names_what_is_wrong(folder, tmp_path, capsys):
     assert "Nothing is wrong." in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "int8"), "--source", str(tmp_path / "other")]) == 1
     said = capsys.readouterr().out
-    assert "WRONG: model.layers.1.mlp.down_proj.weight is not in" in said
+    assert "WRONG: model.layers.1.mlp.down_proj.weight_int8 is not in" in said
 
 
 @pytest.mark.parametrize("command", ["evaluate", "inspect", "verify"])

@@ -115,3 +115,8 @@ def test_bad_input_is_one_clear_error():
     quantized = quantized_class_for(conv).from_float(conv, "int8", False, name="model.stem")
     with pytest.raises(TypeError, match=r"floating-point input of model\.stem, got int8"):
         quantized(torch.ones(1, 3, 2, 2, dtype=torch.int8))
+
+
+def test_another_module_of_its_class_is_a_float_one():
+    made = type(quantize_conv2d_module(nn.Conv2d(3, 4, 1)))(4, 2, 3, padding=1)
+    assert type(made) is nn.Conv2d and made.weight.shape == (2, 4, 3, 3)
