@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import DTYPE_NAME, STORAGE_DTYPES
 
+from .conversions import StoredRenaming
 from .selection import Decision
 from .tying import tied_modules
 
@@ -93,10 +94,11 @@ def stored_in_model(model: PreTrainedModel, files: dict[str, StoredTensor]) -> d
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    renaming = StoredRenaming(renamings, files)
     names = {name: tensor for name, tensor in model.state_dict().items()}
     names |= {f"{name}_{suffix}": names[name] for name in list(names) for suffix in _SUFFIXES}
     prefix = model.base_model_prefix
-    return {rename_source_key(key, renamings, [], prefix, names)[0]: tensor for key, tensor in files.items()}
+    return {rename_source_key(key, [renaming], [], prefix, names)[0]: tensor for key, tensor in files.items()}
 
 
 def decide_by_checkpoint(

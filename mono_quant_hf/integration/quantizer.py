@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, build_glob_alternation, dot_natural_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -30,7 +35,7 @@ from .checkpoint import (
     read_headers,
     stored_in_model,
 )
-from .conversions import QuantizeWeights, keep_conversions
+from .conversions import QuantizeWeights, StoredRenaming, keep_conversions
 from .fingerprints import check_fingerprints, checksums_of
 from .placement import keep_tied_together
 from .read_ahead import ReadAhead
@@ -75,6 +80,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self.problems: list[str] = []
         self.read_ahead: ReadAhead | None = None
         self._awaited: dict[str, Decision] = {}  # by the names of the float weights to come
+        self._names_on_disk: list[str] = []  # of a quantized checkpoint
         self._tied: list[list[str]] = []
         self._says_dtype: set[str] = set()
         self._kept_in_float32: re.Pattern[str] | None = None
@@ -111,6 +117,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
 
     def _make_room(self, model: PreTrainedModel, checkpoint_files: Sequence[str]) -> None:
         files = read_headers(checkpoint_files)
+        self._names_on_disk = list(files)
         stored = stored_in_model(model, files)
         self.decisions = decide_by_checkpoint(model, self.decisions, stored)
         change_modules(
@@ -170,6 +177,13 @@ class MonoQuantHfQuantizer(HfQuantizer):
         if dtype is not None and not dtype.is_floating_point:
             return None
         return super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
+        if self.pre_quantized:
+            renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
+            others = [c for c in weight_conversions if not isinstance(c, WeightRenaming)]
+            weight_conversions = [StoredRenaming(renamings, self._names_on_disk), *others]
+        return super().update_weight_conversions(weight_conversions, model)
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeWeights(self)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mono_quant_hf.modules import QuantizedModule
 
-_SUFFIXES = ("_int8", "_float16", "_scale", "_zero_point")
+STORED_SUFFIXES = ("_int8", "_float16", "_scale", "_zero_point")
 _IN_FLOAT = "_tied_weights_keys_in_float"
 
 
@@ -144,7 +144,7 @@ def _by_weight(model: PreTrainedModel, tied: dict[str, str]) -> dict[str, str]:
     there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     renamed: dict[str, str] = {}
     for target, source in tied.items():
-        suffix = next((s for s in _SUFFIXES if target.endswith(s) and target not in there), "")
+        suffix = next((s for s in STORED_SUFFIXES if target.endswith(s) and target not in there), "")
         renamed[target.removesuffix(suffix)] = source.removesuffix(suffix)
     return renamed
 
