@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CHECKED := mono_quant_hf tests $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-versions memcheck lint format clean
+.PHONY: help demo test test-peers test-sweep test-versions memcheck lint format clean
 
 help:  ## say what can be made
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,6 +29,9 @@ test: $(VENV)/.test  ## run the tests
 
 test-peers: $(VENV)/.peers  ## run what the README says of torchao and optimum-quanto with them
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/test_peers.py tests/test_readme.py $(ARGS)
+
+test-sweep: $(VENV)/.test  ## quantize a tiny model of each class that transformers has, a few hundred, and report (an hour)
+	$(BIN)/python -m tests.integration.sweep $(ARGS)
 
 test-versions:  ## run them with the oldest and the newest torch, transformers and accelerate, in two more environments
 	$(PYTHON) .ci/test_versions.py $(ARGS)

@@ -42,8 +42,8 @@ class MonoQuantConfig(QuantizationConfigMixin):
             each token and the outlier columns in float: faster for many tokens where the processor multiplies int8
             (elsewhere nothing changes, and one line of log says so), for a little accuracy. int8 weights only.
         modules_to_not_convert: names of modules to leave in float, in addition to those that always are (the output
-            head and tied weights). As everywhere in transformers, a name matches from the start (`"model.layers.0"`),
-            as a regular expression from the start, or as a suffix (`"down_proj"`).
+            head, and what is tied to it or to an embedding). As everywhere in transformers, a name matches from the
+            start (`"model.layers.0"`), as a regular expression from the start, or as a suffix (`"down_proj"`).
         module_overrides: `{pattern: {"weights": ..., "symmetric": ..., "activations": ...}}` for single modules; the
             first pattern that matches decides. A pattern is a glob on the full module name (`"model.layers.*.mlp.*"`),
             or with `re:` in front a regular expression on it. `weights` is `"int8"`, `"float16"` or `"float"` (leave

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,15 +14,20 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
+    apply_renamings,
     rename_source_key,
 )
 
 from mono_quant_hf.modules.base import DTYPE_NAME, stored_names
 
 from .checkpoint import Checkpoint, StoredTensor
+from .tying import STORED_SUFFIXES
 
 if TYPE_CHECKING:
     from .quantizer import MonoQuantHfQuantizer
+
+_CODES = ("_int8", "_float16")
 
 
 class QuantizeWeights(ConversionOps):
@@ -67,7 +72,8 @@ def checkpoint_of(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) ->
         stored: by name on disk.
     """
     conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    own_renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    renamings: list[WeightRenaming] = [StoredRenaming(own_renamings, stored)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     own = dict(model.state_dict())
@@ -109,16 +115,67 @@ def keep_conversions(model: PreTrainedModel) -> None:
             for conversion in get_model_conversion_mapping(model, add_legacy=False)
             if not isinstance(conversion, PrefixChange)
         ]
-    names = "\n".join(name for name, _ in model.named_parameters())
-    kept = [
+    conversions = [part for conversion in conversions for part in _parts_used(conversion)]
+    parameters = [name for name, _ in model.named_parameters()]
+    names = "\n".join(parameters)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    kept: list[WeightTransform] = [
         conversion
         for conversion in conversions
-        if not isinstance(conversion, WeightConverter) or not _quantized(conversion, names)
+        if isinstance(conversion, WeightConverter) and not _quantized(conversion, names)
     ]
+    if renamings:
+        kept.append(StoredRenaming(renamings, parameters))
     setattr(model, "_weight_conversions", kept)  # noqa: B010  no declared attribute
 
 
+class StoredRenaming(WeightRenaming):
+    """All renamings of a model as one, by which what stands for a weight is renamed as the weight is.
+
+    A pattern ends where a name ends: what matches `proj.weight` does not match `proj.weight_int8`.
+    """
+
+    __slots__ = ("names", "renamings")
+
+    def __init__(self, renamings: Sequence[WeightRenaming], names: Iterable[str]):
+        """
+        Args:
+            renamings: applied one after the other.
+            names: all that are to be renamed, of which those of codes and the like are told by their endings.
+        """
+        super().__init__([], [])
+        self.renamings = list(renamings)
+        names = set(names)
+        self.names = {name for name in names if names.intersection(f"{_weight_of(name)}{s}" for s in _CODES)}
+
+    def rename_source_key(self, source_key: str) -> tuple[str, None]:
+        weight = _weight_of(source_key) if source_key in self.names else source_key
+        return apply_renamings(weight, self.renamings) + source_key.removeprefix(weight), None
+
+    def reverse_transform(self) -> StoredRenaming:
+        reversed_parts: Any = [part.reverse_transform() for part in reversed(self.renamings)]
+        return StoredRenaming(reversed_parts, self.names)
+
+    def was_used(self) -> bool:
+        return any(part.was_used() for part in self.renamings)
+
+
+def _weight_of(name: str) -> str:
+    """The weight that something stands for, by name."""
+    suffix = next((suffix for suffix in STORED_SUFFIXES if name.endswith(suffix)), "")
+    return name.removesuffix(suffix)
+
+
+def _parts_used(conversion: WeightTransform) -> list[WeightTransform]:
+    if isinstance(conversion, StoredRenaming):
+        return [part for part in conversion.renamings if part.was_used()]
+    return [conversion]
+
+
 def _quantized(conversion: WeightConverter, names: str) -> bool:
-    """Whether something that a conversion gives is quantized, by the names of the model's parameters, one a line."""
+    """Whether something that a conversion gives is quantized, by the names of the model's parameters, one a line.
+
+    What it gives is named by a weight ("experts.gate_up_proj") or by a module ("self_attn.q_proj").
+    """
     targets = (target.removesuffix("$") for target in conversion._original_target_patterns)
-    return any(re.search(rf"{target}_(int8|float16)$", names, re.MULTILINE) for target in targets)
+    return any(re.search(rf"{target}(\.\w+)?_(int8|float16)$", names, re.MULTILINE) for target in targets)

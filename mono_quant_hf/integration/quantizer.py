@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, build_glob_alternation, dot_natural_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -34,7 +39,7 @@ from .checkpoint import (
     modules_saying_dtype,
     read_headers,
 )
-from .conversions import QuantizeWeights, checkpoint_of, keep_conversions
+from .conversions import QuantizeWeights, StoredRenaming, checkpoint_of, keep_conversions
 from .fingerprints import check_fingerprints, checksums_of
 from .placement import keep_tied_together
 from .read_ahead import ReadAhead
@@ -92,6 +97,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self.problems: list[str] = []
         self.read_ahead: ReadAhead | None = None
         self._awaited: dict[str, Decision] = {}  # by the names of the float weights to come
+        self._names_on_disk: list[str] = []  # of a quantized checkpoint
         self._tied: list[list[str]] = []
         self._says_dtype: set[str] = set()
         self._kept_in_float32: re.Pattern[str] | None = None
@@ -130,6 +136,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         """Make room for what a checkpoint holds, once it is known to be what was saved."""
         config = self.quantization_config
         checkpoint = checkpoint_of(model, read_headers(files))
+        self._names_on_disk = list(checkpoint.stored)
         self.planned = decide_recorded(model, config)
         self.decisions = decide_by_checkpoint(model, self.planned, config, checkpoint)
         promised = any(decision.quantized for decision in self.planned)
@@ -206,6 +213,13 @@ class MonoQuantHfQuantizer(HfQuantizer):
         if dtype is not None and not dtype.is_floating_point:
             return None
         return super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
+        if self.pre_quantized:
+            renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
+            others = [c for c in weight_conversions if not isinstance(c, WeightRenaming)]
+            weight_conversions = [StoredRenaming(renamings, self._names_on_disk), *others]
+        return super().update_weight_conversions(weight_conversions, model)
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeWeights(self)
@@ -388,6 +402,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
         for module in list(model.modules()):
             if isinstance(module, QuantizedModule):
                 module.dequantize(float_dtype)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                vars(part.config).pop("_is_quantized", None)
         withdraw_tied_storage(model)
         undo_resizable(model)
         remove_tags(model, self.quantization_config)
@@ -414,6 +431,9 @@ def attach(model: PreTrainedModel, config: MonoQuantConfig, planned: Sequence[De
     ):
         setattr(model, name, value)
     model.config.quantization_config = quantizer.quantization_config
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):  # some forwards of transformers look here
+            part.config._is_quantized = True
     add_tags(model, config)
     if hasattr(model, "all_tied_weights_keys"):
         quantizer.complete(model)

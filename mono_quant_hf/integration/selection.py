@@ -17,7 +17,7 @@ from mono_quant_hf.config import OVERRIDE_FIELDS, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 
 from .patterns import Aliases, PatternTracker, Stopwatch, as_in_transformers, glob_or_expression
-from .tying import input_embeddings_and_heads, tied_modules
+from .tying import input_embeddings_and_heads, modules_tied_wholly, tied_modules
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -77,8 +77,8 @@ def decide(model: nn.Module, config: MonoQuantConfig) -> list[Decision]:
     Patterns that match nothing, and overrides of modules that must stay in float, are warned about.
 
     Args:
-        model: any module, also on the meta device. In a `PreTrainedModel` the output head and tied weights are left
-            alone, in addition to the user's own list.
+        model: any module, also on the meta device. In a `PreTrainedModel` the output head, and what is tied to it or
+            to an embedding, are left alone, in addition to the user's own list.
         config: what the user asks for.
     """
     candidates = {name: module for name, module in model.named_modules() if _holds_weight(module)}
@@ -92,7 +92,7 @@ def decide(model: nn.Module, config: MonoQuantConfig) -> list[Decision]:
     )
     embeddings_and_heads = input_embeddings_and_heads(model)
     chosen = embeddings_and_heads if config.quantize_embeddings else set()
-    defaults = _default_skips(model, candidates, chosen)
+    defaults = _default_skips(model, candidates, embeddings_and_heads, chosen)
     if not config.quantize_embeddings:
         tables = [name for name in embeddings_and_heads if isinstance(candidates.get(name), nn.Embedding)]
         defaults |= dict.fromkeys(tables, EMBEDDINGS_OFF)
@@ -262,23 +262,31 @@ def _holds_weight(module: nn.Module) -> bool:
     return any(p is not None and p.dim() > 1 for p in module._parameters.values())
 
 
-def _default_skips(model: nn.Module, candidates: dict[str, nn.Module], chosen: set[str]) -> dict[str, str]:
+def _default_skips(
+    model: nn.Module, candidates: dict[str, nn.Module], embeddings_and_heads: set[str], chosen: set[str]
+) -> dict[str, str]:
     """`{module name: reason}` for what is left in float whatever the user says, unless it is `chosen`."""
     reasons: dict[str, str] = {}
+    twins: set[str] = set()
+    if isinstance(model, PreTrainedModel):  # which keeps what is tied so, also in what it saves
+        twins = modules_tied_wholly(model, candidates) - embeddings_and_heads
     outermost: list[str] = []
     for prefix, part in model.named_modules():
         if isinstance(part, PreTrainedModel) and not any(_is_within(prefix, other) for other in outermost):
             outermost.append(prefix)
             heads = [".".join(filter(None, (prefix, key))) for key in get_keys_to_not_convert(part)]
-            for name in candidates:
-                if name not in chosen and any(_is_within(name, head) for head in heads):
+            *_, (last, _) = (
+                part.named_parameters()
+            )  # transformers takes it for a head where no other is known
+            for name in candidates.keys() - chosen:
+                tied_only = name in twins and f"{name}.weight" != ".".join(filter(None, (prefix, last)))
+                if not tied_only and any(_is_within(name, head) for head in heads):
                     reasons[name] = "output head or tied weight"
     for group in tied_modules(model):
-        names = [name for name in group if name in candidates]
-        for name in names if len(names) > 1 and not chosen.issuperset(names) else ():
-            reasons.setdefault(
-                name, f"it shares its weight with {next(other for other in names if other != name)}"
-            )
+        if not (chosen.issuperset(group) or twins.issuperset(group)):
+            for name in group:
+                other = next(other for other in group if other != name)
+                reasons.setdefault(name, f"it shares its weight with {other}")
     return reasons
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 
 from mono_quant_hf.modules import QuantizedModule
 
-_SUFFIXES = ("_int8", "_float16", "_scale", "_zero_point")
+STORED_SUFFIXES = ("_int8", "_float16", "_scale", "_zero_point")
+_IN_FLOAT = "_tied_weights_keys_in_float"
 
 
 def input_embeddings_and_heads(model: nn.Module) -> set[str]:
@@ -46,8 +48,7 @@ def tied_modules(model: nn.Module) -> list[list[str]]:
                 groups.setdefault(id(parameter), []).append(name)
     by_source: dict[str, list[str]] = {}
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        owner, _, name = source.rpartition(".")
-        if getattr(model.get_submodule(owner), name).dim() > 1:
+        if all(_is_weight(model, key) for key in (source, target)):
             by_source.setdefault(source, []).extend(key.rpartition(".")[0] for key in (source, target))
     merged: list[list[str]] = []
     for group in [*by_source.values(), *groups.values()]:
@@ -58,6 +59,31 @@ def tied_modules(model: nn.Module) -> list[list[str]]:
         merged = [other for other in merged if other not in met]
         merged.append(list(dict.fromkeys(name for other in [*met, names] for name in other)))
     return merged
+
+
+def modules_tied_wholly(model: nn.Module, candidates: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the modules that share each of their weights with another module."""
+    tied = {name for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
+    users = Counter(id(p) for module in candidates.values() for p in module._parameters.values())
+    return {
+        name
+        for name, module in candidates.items()
+        if all(
+            users[id(p)] > 1 or f"{name}.{key}" in tied
+            for key, p in module._parameters.items()
+            if p is not None and p.dim() > 1
+        )
+    }
+
+
+def _is_weight(model: nn.Module, key: str) -> bool:
+    """Whether a tied parameter is a weight, float or quantized, by its name."""
+    owner, _, name = key.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, QuantizedModule):
+        return any(name in (weight, f"{weight}_int8", f"{weight}_float16") for weight in module.weight_axes)
+    parameter = getattr(module, name, None)
+    return isinstance(parameter, nn.Parameter) and parameter.dim() > 1
 
 
 def share_storage(model: nn.Module, groups: Iterable[Iterable[str]]) -> None:
@@ -78,27 +104,29 @@ def declare_tied_storage(model: PreTrainedModel) -> None:
     It ties again by these declarations after loading and whenever `tie_weights` is called, and leaves out of a saved
     checkpoint what they say can be tied.
     """
-    _declare_tied(model, _by_storage)
+    for part in _parts_tied_otherwise(model, _by_storage):
+        vars(part).setdefault(_IN_FLOAT, part._tied_weights_keys)  # perhaps patterns, of names in float
+        part.all_tied_weights_keys = _by_storage(part, part.all_tied_weights_keys)
+        part._tied_weights_keys = dict(part.all_tied_weights_keys)
 
 
 def withdraw_tied_storage(model: PreTrainedModel) -> None:
     """Undo `declare_tied_storage` when the model is float again, and tie its weights."""
-    _declare_tied(model, _by_weight)
+    for part in _parts_tied_otherwise(model, _by_weight):
+        part.all_tied_weights_keys = _by_weight(part, part.all_tied_weights_keys)
+        part._tied_weights_keys = vars(part).pop(_IN_FLOAT)
     model.tie_weights()
 
 
-def _declare_tied(
+def _parts_tied_otherwise(
     model: PreTrainedModel, renamed: Callable[[PreTrainedModel, dict[str, str]], dict[str, str]]
-) -> None:
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            keys = renamed(part, part.all_tied_weights_keys)
-            if keys != part.all_tied_weights_keys:
-                part.all_tied_weights_keys = keys
-                if (
-                    part._tied_weights_keys
-                ):  # by names in full: a pattern for a weight matches all that it is stored as
-                    part._tied_weights_keys = dict(keys)
+) -> list[PreTrainedModel]:
+    """The models in a model whose declarations of what is tied `renamed` would change."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    declared = {
+        part: getattr(part, "all_tied_weights_keys", {}) for part in parts
+    }  # a part may not be set up by itself
+    return [part for part, tied in declared.items() if renamed(part, tied) != tied]
 
 
 def _by_storage(model: PreTrainedModel, tied: dict[str, str]) -> dict[str, str]:
@@ -118,7 +146,7 @@ def _by_weight(model: PreTrainedModel, tied: dict[str, str]) -> dict[str, str]:
     there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     renamed: dict[str, str] = {}
     for target, source in tied.items():
-        suffix = next((s for s in _SUFFIXES if target.endswith(s) and target not in there), "")
+        suffix = next((s for s in STORED_SUFFIXES if target.endswith(s) and target not in there), "")
         renamed[target.removesuffix(suffix)] = source.removesuffix(suffix)
     return renamed
 

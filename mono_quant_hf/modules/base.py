@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mono_quant_hf import kernels
 from mono_quant_hf.core import quantize_weight_fp16
 
-from .float_view import float_weight
+from .float_view import FloatView, float_weight
 
 STORAGE_DTYPES = {"int8": torch.int8, "float16": torch.float16}
 """What `weights` may be, and the dtype that the weight is stored in."""
@@ -324,6 +324,8 @@ class QuantizedModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.weight_axes:
+            if isinstance(value, FloatView) and value.whole and value.stored.is_set_to(self.stored(name)[0]):
+                return  # `module.weight *= 2`, which was done in place
             raise AttributeError(
                 f"Expected {name} of {type(self).__name__} to stay as it is, as it only shows what is quantized; "
                 "dequantize() the module to give it another weight."

@@ -8,6 +8,7 @@ dequantized weight, which lives as long as the operation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,11 +45,16 @@ def float_weight(
     """
     if not is_plain(stored, stored if scale is None else scale):
         return kernels.expand(stored.detach(), scale, zero_point, dtype)
-    return FloatView(stored.detach(), scale, zero_point, dtype, activations)
+    view = FloatView(stored.detach(), scale, zero_point, dtype, activations)
+    view.whole = True
+    return view
 
 
 class FloatView(Tensor):
     """What `float_weight` gives in eager mode. It has no gradient, and cannot be changed in place.
+
+    Save that the weight as a whole can be multiplied or divided by a positive number, which its scales are then: RWKV
+    does so as it starts to infer.
 
     Example:
         >>> from mono_quant_hf.modules import quantize_linear_module
@@ -66,6 +72,7 @@ first, or work on a copy (weight.clone()).
     scale: Tensor | None
     zero_point: Tensor | None
     activations: str | None
+    whole: bool = False  # not a part, or another side, of the weight of a module
 
     _is_hf_initialized = True  # transformers draws no random numbers into a tensor that says so
 
@@ -124,6 +131,8 @@ first, or work on a copy (weight.clone()).
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _RESCALING and _rescale(func, *args, **kwargs):
+            return args[0]
         if func._schema.is_mutable:
             _refuse_change(func, args, kwargs)
         handler: Any = _HANDLERS.get(func) or _HANDLERS_BY_NAME.get(func._schema.name)
@@ -148,6 +157,16 @@ def _unchangeable(how: str) -> RuntimeError:
     )
 
 
+def _rescale(func: Any, view: Any, factor: Any, **options: Any) -> bool:
+    """Multiply or divide the weight that a view shows, if it can be done."""
+    if not isinstance(view, FloatView) or not view.whole or isinstance(factor, Tensor) or options:
+        return False
+    if not 0 < factor < math.inf:
+        return False
+    func(view.stored if view.scale is None else view.scale, factor)
+    return True
+
+
 def _refuse_change(func: Any, args: Any, kwargs: Any) -> None:
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -157,6 +176,7 @@ def _refuse_change(func: Any, args: Any, kwargs: Any) -> None:
                 raise _unchangeable(func._schema.name)
 
 
+_RESCALING = (_ATEN.mul_.Tensor, _ATEN.div_.Tensor)
 # What asks for the memory of a tensor gets that of the codes; so it can be told which weights are one.
 _OF_MEMORY = frozenset((Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.is_shared))
 # What reads values without an operation that could be dispatched.

@@ -639,6 +639,10 @@ def augmented_row(w):
     w[2] *= 3
 
 
+def augmented_module(module):
+    module.weight /= 4
+
+
 def item(w):
     w[2, 3] = 1.0
 
@@ -716,6 +720,24 @@ def test_a_change_in_place_is_one_clear_error(change, grad_mode):
     ):
         change(quantized.weight)
     assert torch.equal(quantized.weight, reference.weight) and not quantized.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.weight.div_(4), lambda m: m.weight.mul_(0.25), augmented_module]
+)
+@pytest.mark.parametrize("weights", ["int8", "float16"])
+def test_a_number_rescales_the_whole_weight(change, weights):
+    """As RWKV's forward does; every other weight, and every part of this one, keeps its value."""
+    layer = nn.Linear(20, 12)
+    quantized = quantized_class_for(layer).from_float(layer, weights, symmetric=False)
+    before = quantized.weight.clone()
+    with torch.no_grad():
+        change(quantized)
+        for shown in (quantized.weight, quantized.to_float().weight):
+            torch.testing.assert_close(shown.clone(), before / 4, rtol=0, atol=1e-7)
+        for refused in (0.0, -1.0, float("inf"), float("nan")):
+            with pytest.raises(RuntimeError, match="no change of a quantized weight in place"):
+                quantized.weight.mul_(refused)
 
 
 def test_what_only_reads_it_may_change_others():
