@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,17 @@ class Cache:
 
     def __init__(self, source: str) -> None:
         self._name = Path(source).stem
-        self.folder: Path | None = None
         self.complete = True  # nothing had to be compiled so far
+        self.folder: Path | None
         try:
-            folder = Path(numba.njit(cache=True)(_anywhere).stats.cache_path)
-            seal = self._seal_of(folder)
+            self.folder = Path(numba.njit(cache=True)(_anywhere).stats.cache_path)
+            seal = self._seal_of(self.folder)
             known = set(seal.read_bytes().splitlines(keepends=True)) if seal.exists() else set()
-            for path, line in self._lines(folder).items():
+            for path, line in self._lines(self.folder).items():
                 if line not in known:
                     path.unlink(missing_ok=True)
-            self.folder = folder
         except (OSError, RuntimeError):  # the latter is Numba's, where it has no folder
-            pass
+            self.folder = None
 
     def compile(self, kind: Any, *args: Any, **options: Any) -> Any:
         """`numba.njit` or `numba.cfunc` with this cache; without it from the first file on that cannot be written."""
@@ -63,10 +63,11 @@ class Cache:
         return folder / f"{self._name}.sha256"
 
     def _lines(self, folder: Path) -> dict[Path, bytes]:
-        return {
-            path: f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n".encode()
-            for path in sorted(folder.glob(f"{self._name}.*.nb[ci]"))
-        }
+        lines = {}
+        for path in sorted(folder.glob(f"{self._name}.*.nb[ci]")):
+            with suppress(FileNotFoundError):  # another process took it for damaged meanwhile
+                lines[path] = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n".encode()
+        return lines
 
 
 def _anywhere() -> None:

@@ -47,6 +47,8 @@ _TOKENS = 4 if VECTOR_BYTES == 64 or not X86 else 2  # 4 x 4 accumulators need 3
 # |codes of x| <= 32767 and |codes of w| <= 128, so 511 products fit one int32; lanes are added as floats.
 LARGEST = 32767
 _LONGEST = 510 * _LANES
+# The same for codes of x in 8 bits: k products of up to 255 * 128, and k / 32 of up to 32767 * 128, in int32 lanes.
+LONGEST_BYTES = 13_000 * _LANES
 # A typical entry of x under this many steps of its token's scale would lose accuracy (60 dB for a result made
 # of typical entries alone, as 20 log10(256 * sqrt(12 * pi / 2))): such a token gets a second plane of codes.
 _FEWEST_STEPS = 256.0

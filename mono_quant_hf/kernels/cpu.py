@@ -86,16 +86,13 @@ def why_missing() -> str:
 
 
 def _load() -> None:
-    try:
-        import numba
-    except (ImportError, OSError) as error:
-        _give_up(f"Numba cannot be imported ({error})")
-        return
-    if numba.config.DISABLE_JIT:
-        _give_up("Numba's compiler is switched off (NUMBA_DISABLE_JIT)")
-        return
     start = time.perf_counter()
     try:
+        import numba
+
+        if numba.config.DISABLE_JIT:
+            _give_up("Numba's compiler is switched off (NUMBA_DISABLE_JIT)")
+            return
         from . import compiled
 
         launcher, one_at_a_time = _launcher_of_torch(), None
@@ -105,9 +102,12 @@ def _load() -> None:
             launcher = compiled_team.LAUNCHER
             # Numba's workqueue layer ends the process when two threads use it at once, the others do not mind.
             one_at_a_time = threading.Lock()
-    except Exception as error:  # whatever a compiler may say: the other ways work without
+    except (ImportError, OSError) as error:
+        _give_up(f"Numba cannot be imported ({error})")
+        return
+    except Exception as error:  # whatever a compiler may say, or what an interrupted import left of it
         first = str(error).strip().partition("\n")[0]
-        _give_up(f"Numba {numba.__version__} cannot compile them here ({type(error).__name__}: {first})")
+        _give_up(f"Numba cannot compile them here ({type(error).__name__}: {first})")
         return
     seconds = time.perf_counter() - start
     if compiled.CACHE.folder is None:

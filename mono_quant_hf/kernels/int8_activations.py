@@ -46,7 +46,10 @@ def has_units() -> bool:
 
 def by_kernel(k: int) -> bool:
     """Whether a CPU computes it by the compiled kernel: not where it has matrix units (AMX), which oneDNN uses."""
-    return cpu.load() is not None and not _torch_has("amx_int8") and outlier_columns(k) % 32 == 0
+    compiled = cpu.load()
+    if compiled is None or k > compiled.LONGEST_BYTES:
+        return False
+    return not _torch_has("amx_int8") and outlier_columns(k) % 32 == 0
 
 
 def is_exact(k: int) -> bool:

@@ -7,6 +7,7 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 # Dispatch modes (fake tensors, tracing, counters) and function transforms (vmap, grad) see operators only.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_tracing = torch._C._is_tracing
 
 
 def is_plain(
@@ -31,6 +32,6 @@ def is_plain(
         and not _modes()
         and _transforms is not None
         and _transforms() is None
-        and not torch._C._is_tracing()
+        and not _tracing()
         and not x.is_neg()
     )

@@ -231,7 +231,6 @@ def test_signals_between_and_inside_of_calls():
 
 # ---------------------------------------------------------------- the cache on disk
 
-QUICK = {"NUMBA_OPT": "0"}  # the code is slow, and compiled in a third of the time
 EIGHT_THREADS = """
     import threading
     failures = []
@@ -248,7 +247,7 @@ EIGHT_THREADS = """
         assert not failures, failures
 """
 INTERRUPTED = """
-    import gc, signal
+    import gc, signal, numba
 
     def handler(number, frame):
         raise KeyboardInterrupt
@@ -267,7 +266,7 @@ INTERRUPTED = """
 def compiled_cache(tmp_path_factory):
     """Filled by two processes at once, each from eight threads, one of them interrupted in its first attempt."""
     folder = tmp_path_factory.mktemp("cache")
-    settings = {"NUMBA_CACHE_DIR": str(folder), **QUICK}
+    settings = {"NUMBA_CACHE_DIR": str(folder)}
     processes = [
         start(EIGHT_THREADS + interruption + "\n    at_once()", **settings)
         for interruption in ("", INTERRUPTED)
@@ -285,7 +284,7 @@ def files_of(folder):
 
 
 def products_with(folder):
-    output = run("products()", NUMBA_CACHE_DIR=str(folder), **QUICK)
+    output = run("products()", NUMBA_CACHE_DIR=str(folder))
     (line,) = log_lines(output)
     return line
 
@@ -294,23 +293,25 @@ def test_what_threads_and_processes_compiled_at_once_is_read_afterwards(compiled
     assert "read from the cache" in products_with(compiled_cache)
 
 
-@pytest.mark.parametrize("damage", ("garbage", "one bit", "cut", "gone"))
-def test_damaged_files_are_compiled_again(compiled_cache, damage):
-    of_expand = [path for path in files_of(compiled_cache) if "_expand_worker" in path.name]
-    code, index = sorted(of_expand, key=lambda path: path.suffix)  # .nbc, .nbi
-    for path in (code,) if damage == "one bit" else (index, code):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        kept = {
-            "garbage": b"\0garbage" * 100,
-            "one bit": content,
-            "cut": content[: len(content) // 2],
-            "gone": None,
-        }
-        path.unlink()
-        if kept[damage] is not None:
-            path.write_bytes(kept[damage])
+def test_damaged_files_are_compiled_again(compiled_cache):
+    """Garbage, one bit, a file cut short, one that is gone: of code and of indexes."""
+    left = {}
+    for path in files_of(compiled_cache):
+        content = path.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        for function, damaged in (
+            ("_expand_worker", b"\0garbage" * 100),
+            ("_peaks_worker", flipped),
+            ("_prepare", content[:middle]),
+            ("_encode_worker", b""),
+        ):
+            if path.name.startswith(f"compiled.{function}-"):
+                path.write_bytes(damaged)
+                left[path] = damaged
+    assert len(left) == 8
     assert "compiled, and cached" in products_with(compiled_cache)
+    assert all(path.read_bytes() != damaged for path, damaged in left.items())
     assert "read from the cache" in products_with(compiled_cache)
 
 
@@ -322,7 +323,6 @@ def test_a_disk_that_is_full(tmp_path):
         products()
         """,
         NUMBA_CACHE_DIR=str(tmp_path),
-        **QUICK,
     )
     (line,) = log_lines(output)
     assert "WARNING" in line and "NUMBA_CACHE_DIR" in line
