@@ -113,7 +113,8 @@ class StoredRenaming(WeightRenaming):
         return apply_renamings(weight, self.renamings) + source_key.removeprefix(weight), None
 
     def reverse_transform(self) -> StoredRenaming:
-        return StoredRenaming([part.reverse_transform() for part in reversed(self.renamings)], self.names)
+        reverse: list[Any] = [part.reverse_transform() for part in reversed(self.renamings)]
+        return StoredRenaming(reverse, self.names)
 
     def was_used(self) -> bool:
         return any(part.was_used() for part in self.renamings)
