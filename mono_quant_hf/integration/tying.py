@@ -123,9 +123,8 @@ def _parts_tied_otherwise(
 ) -> list[PreTrainedModel]:
     """The models in a model whose declarations of what is tied `renamed` would change."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    declared = {
-        part: getattr(part, "all_tied_weights_keys", {}) for part in parts
-    }  # a part may not be set up by itself
+    # One that did not set itself up has none.
+    declared = {part: getattr(part, "all_tied_weights_keys", {}) for part in parts}
     return [part for part, tied in declared.items() if renamed(part, tied) != tied]
 
 

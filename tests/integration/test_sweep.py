@@ -9,16 +9,18 @@ import pytest
 from .sweep import report
 
 SAMPLE = {
-    "BambaModel": "a hybrid of attention and state spaces, which reads weights itself",
+    "BambaModel": "a hybrid of attention and state spaces",
     "BloomModel": "weights read for their dtype",
     "DbrxModel": "experts in two dimensions",
+    "DiffusionGemmaModel": "experts that an encoder and a decoder share",
     "EncodecModel": "convolutions under weight norm, LSTM",
+    "FalconMambaModel": "a forward that asks whether its model is quantized",
+    "GteModel": "projections that a conversion takes apart",
+    "Inkling2TextModel": "names on disk that end where a weight's name ends",
     "MambaModel": "a projection whose weight is passed to a function",
-    "Phi3Model": "joined projections",
     "Qwen2VLModel": "convolutions in three dimensions, text and images",
     "RwkvModel": "weights that a forward scales in place",
     "SiglipVisionModel": "MultiheadAttention",
-    "SwinModel": "stages of several widths",
     "T5Model": "an encoder and a decoder, a table that both share",
     "Wav2Vec2Model": "weight norm as a parametrization",
 }

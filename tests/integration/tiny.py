@@ -358,8 +358,10 @@ def _image_size(config: Any) -> int:
 # ---------------------------------------------------------------- models
 
 
-def make_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model in evaluation mode with random weights that let signals through; the same on each call."""
+def make_model(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0
+) -> PreTrainedModel:
+    """A model in evaluation mode with random weights that let signals through; the same for a seed."""
     with torch.device("meta"):
         try:
             size = sum(p.numel() for p in model_class(config).parameters())
@@ -367,7 +369,7 @@ def make_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
             size = 0  # what cannot be made on the meta device is tried as it is
     if size > MOST_PARAMETERS:
         raise CannotRun(f"it has {size:,} parameters")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = model_class(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
