@@ -111,6 +111,20 @@ class OnQuantized:
         """The base layer as it was before the merge, where it is now."""
         return self.before_merge.to(device=next(module.parameters()).device, dtype=module.quantization.dtype)
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """With int8 codes under a path that says their form, such as `base_layer.asymmetric_int8.weight_int8`.
+
+        PEFT saves the base layer of an embedding or a head together with its adapter, and transformers' `load_adapter`
+        sets tensor by tensor: a model quantized otherwise must not take these codes for its own.
+        """
+        tensors = super().state_dict(*args, prefix=prefix, **kwargs)  # type: ignore[misc]
+        base = self._modules["base_layer"]  # type: ignore[attr-defined]
+        if isinstance(base, QuantizedModule) and base.quantization.weights == "int8":
+            form = FORMS[base.quantization.symmetric]
+            for name in base.storage_names():
+                tensors[f"{prefix}base_layer.{form}.{name}"] = tensors.pop(f"{prefix}base_layer.{name}")
+        return tensors
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # torch hands what is left in `state_dict` to the base layer next.
         base = self._modules["base_layer"]  # type: ignore[attr-defined]
@@ -178,6 +192,9 @@ def _adapt(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     parent.__class__ = on_quantized(type(parent))  # type: ignore[arg-type]
 
 
+FORMS = ("asymmetric_int8", "symmetric_int8")
+"""Paths to the tensors of a quantized base layer, by whether it is symmetric."""
+
 METHODS = ("lora",)
 """The methods of PEFT, by the name of their package, that the tests train and merge on quantized modules."""
 
@@ -210,6 +227,9 @@ def _bring_into_form(quantized: QuantizedModule, state_dict: dict[str, Any], pre
 
     So an adapter that was trained on the float model, or on one quantized otherwise, loads with its embedding.
     """
+    for form in FORMS:
+        for key in [key for key in state_dict if key.startswith(f"{prefix}{form}.")]:
+            state_dict[key.replace(f"{prefix}{form}.", prefix, 1)] = state_dict.pop(key)
     for name in quantized.weight_axes:
         own = {key for key in quantized.storage_names() if key.startswith(f"{name}_")}
         forms = {

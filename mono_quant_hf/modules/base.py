@@ -309,6 +309,18 @@ class QuantizedModule(nn.Module):
         twin: QuantizedModule = twin_of(self)
         return twin.dequantize(dtype)
 
+    # More paths to this module, that say what its codes are: PEFT's layers are saved with them, see `OnQuantized`.
+
+    @property
+    def symmetric_int8(self) -> Self:
+        """The module itself."""
+        return self
+
+    @property
+    def asymmetric_int8(self) -> Self:
+        """The module itself."""
+        return self
+
     # Storage and its protection
 
     def storage_names(self) -> list[str]:
