@@ -31,7 +31,7 @@ from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import DTYPE_NAME
 
-from .apply import change_modules, make_room
+from .apply import change_modules, make_room, quantized_class_of
 from .checkpoint import (
     NOT_THERE,
     check_stored_tensors,
@@ -97,6 +97,9 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self.problems: list[str] = []
         self.read_ahead: ReadAhead | None = None
         self._awaited: dict[str, Decision] = {}  # by the names of the float weights to come
+        self._arrived: dict[
+            str, dict[str, dict[str, Tensor]]
+        ] = {}  # of modules that others are still awaited for
         self._names_on_disk: list[str] = []  # of a quantized checkpoint
         self._tied: list[list[str]] = []
         self._says_dtype: set[str] = set()
@@ -242,28 +245,39 @@ class MonoQuantHfQuantizer(HfQuantizer):
         if decision is None:  # beside a weight that is quantized, in one conversion
             return {name: weight.to(model.get_parameter(name).dtype)}
         missing = set() if missing_keys is None else missing_keys
-        converted = {}
-        if not isinstance(module, QuantizedModule):
-            if weight.shape != module.get_parameter(key).shape:
-                # The loader compares shapes of what is not quantized, and knows what the user wants to happen.
-                group = next((group for group in self._tied if decision.module in group), [decision.module])
-                self._awaited = {n: d for n, d in self._awaited.items() if d.module not in group}
-                return {name: weight}
-            module = self._make_room_for_arrived(model, decision, missing)
-            if decision.module in self._says_dtype:
-                module.say_dtype()
-                converted = {f"{owner}.{DTYPE_NAME}": torch.ones(1, dtype=module.quantization.dtype)}
-        missing.discard(name)
+        if isinstance(module, QuantizedModule):  # its weight is another's, and in the checkpoint too
+            missing.discard(name)
+            return _in_full(owner, self._stored(module, key, weight))
+        if weight.shape != module.get_parameter(key).shape:
+            # The loader compares shapes of what is not quantized, and knows what the user wants to happen.
+            group = next((group for group in self._tied if decision.module in group), [decision.module])
+            self._awaited = {n: d for n, d in self._awaited.items() if d.module not in group}
+            return {name: weight}
+        # A module of several weights is float until all are there: conversions of transformers look at its shapes.
+        settings = (decision.weights, bool(decision.symmetric), decision.module)
+        twin = quantized_class_of(module, decision).empty_like(module, *settings)
+        arrived = self._arrived.setdefault(owner, {})
+        arrived[key] = self._stored(twin, key, weight)
+        if len(arrived) < len(twin.weight_axes):
+            return {}
+        quantized = self._make_room_for_arrived(model, decision, missing)
+        tensors = {
+            stored: tensor for part in self._arrived.pop(owner).values() for stored, tensor in part.items()
+        }
+        if decision.module in self._says_dtype:
+            quantized.say_dtype()
+            tensors[DTYPE_NAME] = torch.ones(1, dtype=quantized.quantization.dtype)
+        return _in_full(owner, tensors)
+
+    def _stored(self, module: QuantizedModule, key: str, weight: Tensor) -> dict[str, Tensor]:
+        """What stands for a weight; of one that cannot be quantized zeros, and the problem is kept."""
         try:
-            tensors = module.quantized_tensors(key, weight)
+            return module.quantized_tensors(key, weight)
         except ValueError as problem:
             # The loader would bury it in a report with a traceback; it is raised after loading.
             self.problems.append(str(problem))
-            rooms = {
-                name: module.get_parameter(name) for name in module.storage_names() if name.startswith(key)
-            }
-            tensors = {name: torch.zeros_like(room, device=weight.device) for name, room in rooms.items()}
-        return converted | {f"{owner}.{name}".lstrip("."): tensor for name, tensor in tensors.items()}
+            rooms = {n: module.get_parameter(n) for n in module.storage_names() if n.startswith(f"{key}_")}
+            return {name: torch.zeros_like(room, device=weight.device) for name, room in rooms.items()}
 
     def _make_room_for_arrived(
         self, model: PreTrainedModel, decision: Decision, missing: set[str]
@@ -296,7 +310,11 @@ class MonoQuantHfQuantizer(HfQuantizer):
             self.read_ahead.stop()
             self.read_ahead = None  # a model with a thread could not be copied
             model._keep_in_fp32_modules_strict = self._keep_in_fp32_strict
-        self._awaited = {}
+        for module, arrived in self._arrived.items():
+            self.problems.append(
+                f"{module} lacks weights in the checkpoint, of which it holds {', '.join(arrived)}."
+            )
+        self._awaited, self._arrived = {}, {}
         if self.is_float:
             self._forget(model)
             return model
@@ -552,6 +570,10 @@ def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
         if isinstance(part, PreTrainedModel):
             owner = part
     return owner
+
+
+def _in_full(module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{module}.{name}".lstrip("."): tensor for name, tensor in tensors.items()}
 
 
 def _check_loaded(model: nn.Module) -> None:
