@@ -52,6 +52,7 @@ SECONDS_OF_TRIES = 15
 """Of the processor, in which a class must have run in float."""
 
 Result = dict[str, Any]
+_TABLE = re.compile(r"embed|(^|_)pos_emb")
 
 
 # ---------------------------------------------------------------- one class
@@ -250,6 +251,8 @@ def _error_of_other_weights(model: PreTrainedModel, inputs: dict[str, Any], seed
 def _coverage(model: PreTrainedModel, decisions: list[Decision]) -> Result:
     """Share of the parameters outside of embeddings and head that is quantized, and why the rest is not.
 
+    A parameter that is named as an embedding counts as one.
+
     Args:
         model: the float model.
     """
@@ -272,7 +275,9 @@ def _coverage(model: PreTrainedModel, decisions: list[Decision]) -> Result:
             if size and key not in quantized:
                 assert parameter is not None
                 kind = type(module).__name__
-                if parameter.dim() < 2:
+                if _TABLE.search(key):  # of positions, as a rule: an embedding, though no module of its own
+                    total -= size
+                elif parameter.dim() < 2:
                     left["vectors (biases, norms)"] += size
                 elif decision is not None and not decision.quantized:
                     left[f"{kind}.{key}: {decision.reason}"] += size

@@ -125,6 +125,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             **{f"<|visual token {place:06d}|>": place for place in range(VOCABULARY - 8)},
         }
     },
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
     "blip-2": _IMAGE_TOKEN,
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
     "dots1": {
@@ -198,7 +199,7 @@ class _Shrinking:
                 values[name] = [self.shrunk(part) for part in value]
             elif name in per_layer and self.way.layers and len(value) == len(per_layer[name]):
                 values[name] = type(value)(per_layer[name][place] for place in layers)
-            elif default is None and name not in given:
+            elif default is None and name not in given and name != "image_grid_pinpoints":
                 continue  # derived from other fields
             elif name in of_all and value == default and not _TOKEN.search(name):
                 continue
@@ -219,15 +220,13 @@ class _Shrinking:
         for place, kind in enumerate(zip(*of_one_length, strict=True)):
             kinds.setdefault(repr(kind), place)
         kept = sorted(kinds.values())[:4]
-        return (
-            sorted({*kept, *range(longest)[: max(0, 2 - len(kept))]})
-            if len(kept) > 1
-            else [*range(longest)][:2]
-        )
+        return kept if len(kept) > 1 else [*range(longest)][:2]
 
     def _value(self, name: str, value: Any, config: Any, layers: int, counts: set[int]) -> Any:
         if isinstance(value, (bool, str, float)):
             return False if name == "use_cache" else value
+        if name == "image_grid_pinpoints" and self.way.heads:
+            return [[32, 64], [64, 32], [64, 64]]
         if isinstance(value, dict):
             return self._of_rope(value) if "rope" in name else value
         if isinstance(value, int):
@@ -479,6 +478,7 @@ class _Inputs:
         yield self._normal(batch, channels, size, size)
         yield self._normal(batch, 1, channels, size, size)
         yield self._normal(batch, frames, channels, size, size)
+        yield self._normal(batch, 3, channels, size, size)
         yield self._normal(batch, channels, frames, size, size)
         yield self._normal(batch, 1, self._number("max_num_tiles", default=1), channels, size, size)
         yield self._patches(channels)
@@ -799,11 +799,22 @@ def inputs_that_run(
                     return inputs
                 except Exception as problem:
                     first = first or f"{type(problem).__name__}: {problem}"
-                    counts = _COUNTS.search(str(problem))
-                    if counts is None or not 0 < int(counts[2]) <= 2048 or "input_ids" not in inputs:
+                    features = _features_wanted(str(problem), model)
+                    if not features or "input_ids" not in inputs:
                         break
-                    inputs = next(iter(_candidates(model, names, int(counts[2]), inputs)))
+                    inputs = next(iter(_candidates(model, names, features, inputs)))
     raise CannotRun(first or "none of its arguments is known")
+
+
+def _features_wanted(message: str, model: PreTrainedModel) -> int:
+    """How many image or audio tokens an error message asks for; 0 where it does not."""
+    counts = _COUNTS.search(message)
+    if counts is None:
+        return 0
+    tokens, features = int(counts[1]), int(counts[2])
+    if tokens == features:  # it counts elements
+        features //= model.config.get_text_config().hidden_size
+    return features if features <= 2048 else 0
 
 
 def _sets_of_arguments(model: PreTrainedModel, whole: bool) -> list[list[str]]:
