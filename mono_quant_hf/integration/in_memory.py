@@ -128,6 +128,9 @@ def _refuse_unfit(model: nn.Module) -> None:
         model, "is_quantized", False
     ):
         raise ValueError(f"{type(model).__name__} is quantized already; quantize the float model.")
+    lazy = next((n for n, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)), None)
+    if lazy is not None:
+        raise ValueError(f"{lazy} is not initialized; run the model once, then quantize it.")
     dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
     if dispatched or any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(

@@ -260,14 +260,10 @@ class MonoQuantHfQuantizer(HfQuantizer):
         arrived[key] = self._stored(twin, key, weight)
         if len(arrived) < len(twin.weight_axes):
             return {}
-        quantized = self._make_room_for_arrived(model, decision, missing)
-        tensors = {
-            stored: tensor for part in self._arrived.pop(owner).values() for stored, tensor in part.items()
-        }
-        if decision.module in self._says_dtype:
-            quantized.say_dtype()
-            tensors[DTYPE_NAME] = torch.ones(1, dtype=quantized.quantization.dtype)
-        return _in_full(owner, tensors)
+        said = self._make_room_for_arrived(model, decision, missing)
+        for tensors in self._arrived.pop(owner).values():
+            said |= _in_full(owner, tensors)
+        return said
 
     def _stored(self, module: QuantizedModule, key: str, weight: Tensor) -> dict[str, Tensor]:
         """What stands for a weight; of one that cannot be quantized zeros, and the problem is kept."""
@@ -281,22 +277,27 @@ class MonoQuantHfQuantizer(HfQuantizer):
 
     def _make_room_for_arrived(
         self, model: PreTrainedModel, decision: Decision, missing: set[str]
-    ) -> QuantizedModule:
-        """Room for the codes of a module, and of those that share its weight, which have not arrived."""
+    ) -> dict[str, Tensor]:
+        """Room for the codes of a module, and of those that share its weight, which have not arrived.
+
+        Returns:
+            what those of them that say a dtype say it by.
+        """
         group = next((group for group in self._tied if decision.module in group), [decision.module])
+        said: dict[str, Tensor] = {}
         for name in group:
-            module = make_room(
-                model.get_submodule(name), replace(decision, module=name), self._shown_dtype(name)
-            )
+            dtype = self._shown_dtype(name)
+            module = make_room(model.get_submodule(name), replace(decision, module=name), dtype)
             awaited = {f"{name}.{key}".lstrip(".") for key in module.weight_axes}
             if awaited & missing:
                 missing -= awaited
                 missing |= {f"{name}.{key}".lstrip(".") for key in module.storage_names()}
+            if name in self._says_dtype:
+                module.say_dtype()
+                said |= _in_full(name, {DTYPE_NAME: torch.ones(1, dtype=module.quantization.dtype)})
         share_storage(model, [group])
         declare_tied_storage(model)
-        quantized = model.get_submodule(decision.module)
-        assert isinstance(quantized, QuantizedModule)
-        return quantized
+        return said
 
     def _shown_dtype(self, module: str) -> torch.dtype | None:
         """The dtype that the weight of a module shows: float32 where the model keeps it in float32."""

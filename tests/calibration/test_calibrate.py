@@ -153,7 +153,9 @@ def test_other_architectures(kind):
         return [row | {"decoder_input_ids": row["input_ids"]} for row in rows] if kind == "t5" else rows
 
     # Noise for pictures says nothing of what the patch embedding of a ViT is fed.
-    config = MonoQuantConfig(modules_to_not_convert=["patch_embeddings.projection"] if kind == "vit" else None)
+    config = MonoQuantConfig(
+        modules_to_not_convert=["patch_embeddings.projection"] if kind == "vit" else None
+    )
     plain = quantize_model(copy.deepcopy(model), config)
     calibrated = quantize_model(copy.deepcopy(model), config, calibration=inputs(0))
     with torch.no_grad():
