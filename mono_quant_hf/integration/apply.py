@@ -33,8 +33,8 @@ def change_modules(
     share_storage(model, groups)
     for name in saying:
         module = model.get_submodule(name)
-        assert isinstance(module, QuantizedModule)
-        module.say_dtype()
+        if isinstance(module, QuantizedModule):  # a damaged checkpoint may have lost its codes
+            module.say_dtype()
     if isinstance(model, PreTrainedModel):
         declare_tied_storage(model)
 

