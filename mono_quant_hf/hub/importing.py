@@ -409,7 +409,7 @@ def _check_codes(file: Path, tensors: dict[str, Tensor]) -> None:
     """Refuse what could be written, and not loaded: a scale that is none, or one of something else than codes."""
     for name, scale in tensors.items():
         if name.endswith("_scale"):
-            codes = tensors[name.removesuffix("_scale")]
+            codes = tensors[name.removesuffix("_scale") + "_int8"]
             if codes.dtype is not torch.int8 or not bool((scale.isfinite() & (scale > 0)).all()):
                 raise HubError(
                     f"{name} in {file} is no positive scale of int8 codes; download or save the model again."

@@ -284,8 +284,7 @@ def _surplus_tensors(
                     yield Flaw(
                         found.file,
                         source,
-                        f"{source} is in {found.file}, but {name or 'the model'} is {kind}; save the quantized model "
-                        "again.",
+                        f"{source} is in {found.file}, but the config says {kind}; save the quantized model again.",
                     )
 
 

@@ -326,7 +326,9 @@ def test_random_damage_is_an_error_or_does_no_harm(checksums, kinds, tmp_path_fa
                 assert str(problem)
                 counts["an error"] += 1
                 return
-            if all(map(torch.equal, found, saved.expected)):
+            # The last bit of a float router's product depends on where its weight lies in memory.
+            close = {"rtol": 1e-4, "atol": 1e-5} if saved.folder.name == "experts" else {"rtol": 0, "atol": 0}
+            if all(torch.allclose(a, b, **close) for a, b in zip(found, saved.expected, strict=True)):
                 counts["no harm"] += 1
                 return
             counts["other values"] += 1
@@ -409,7 +411,9 @@ def test_what_is_split_or_renamed_on_disk_has_a_checksum_too(offload, family, tm
     with pytest.raises(ValueError, match=rf"{re.escape(name)} in .* is not what was saved"):
         model_class.from_pretrained(tmp_path / "model")
     edit(file, lambda tensors: tensors.update({f"{name}x": tensors.pop(name)}))
-    with pytest.raises(ValueError, match=r"is missing|was not saved with this|save the quantized model again"):
+    with pytest.raises(
+        ValueError, match=r"is missing|was not saved with this|save the quantized model again"
+    ):
         model_class.from_pretrained(tmp_path / "model")
 
 
