@@ -143,6 +143,7 @@ def quantize_checkpoint(
             f"{source} holds int8 codes, which are taken over as they are; leave the settings out, or give the float "
             "model it was made from."
         )
+    skeleton_of(folder)  # codes of what no class can load are not taken over
     with written_beside(destination, overwrite, source) as new:
         check_room(new, sum(file.stat().st_size for file in weight_files(folder)), f"The model of {source}")
         taken = decode(folder, settings, new)
