@@ -127,7 +127,7 @@ def edit(change):
 
 
 def first(tensors):
-    return min(name for name in tensors if name.endswith("weight"))
+    return min(name for name in tensors if name.endswith("weight_int8"))
 
 
 def cut(path, size=-1):
