@@ -21,8 +21,7 @@ NEEDED = {"mono_quant_hf.hub.export_gguf": "gguf"}
 @pytest.fixture
 def own_registry(monkeypatch):
     """A class that an example registers is not there for the tests to come."""
-    monkeypatch.setattr(registry, "QUANTIZED_CLASSES", registry.QUANTIZED_CLASSES.copy())
-    monkeypatch.setattr(registry, "QUANTIZED_CLASS_FINDERS", registry.QUANTIZED_CLASS_FINDERS.copy())
+    monkeypatch.setattr(registry, "WEIGHT_AXES", registry.WEIGHT_AXES.copy())
 
 
 @pytest.mark.usefixtures("own_registry")
