@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mono_quant_hf.hub.opening import gguf_model
 
 from .cache import prepared
 from .errors import CommandError
@@ -55,12 +57,7 @@ def smollm2_folder() -> tuple[Path, str]:
 
 def _from_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    model = gguf_model(gguf)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

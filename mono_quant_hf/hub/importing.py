@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
+from transformers import AutoTokenizer, CompressedTensorsConfig
 from transformers.pytorch_utils import Conv1D
 
 from mono_quant_hf.calibration.samples import reads_text
@@ -35,7 +35,7 @@ from .errors import HubError
 from .export_bitsandbytes import ROW_MAJOR
 from .export_compressed_tensors import unpack
 from .folders import check_destination, copy_companions, weight_files, written_beside
-from .opening import making, model_of, processor_of, quantization_of, skeleton_of
+from .opening import gguf_model, making, model_of, processor_of, quantization_of, skeleton_of
 from .sources import local_folder
 
 logger = logging.getLogger("mono_quant_hf")
@@ -198,14 +198,8 @@ def _from_gguf(file: Path, destination: Any, quantize_float: Any, overwrite: boo
     except ImportError as problem:
         raise HubError("Reading GGUF needs the package gguf: pip install 'mono-quant-hf[gguf]'.") from problem
     with written_beside(destination, overwrite, file) as new, scratch_folder(new.parent) as scratch:
-        # The numbers of a GGUF file are rounded anew in any case; in float32 that costs nothing more.
         with making(file, "it is no GGUF file that transformers can read"):
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
+            model = gguf_model(file)
         model.save_pretrained(scratch)
         del model
         try:

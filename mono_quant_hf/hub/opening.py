@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from httpx2 import HTTPError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.integration.checkpoint import StoredTensor, read_headers
@@ -187,3 +187,13 @@ def making(folder: Path, what: str) -> Iterator[None]:
         if not isinstance(problem, (ValueError, OSError)):
             said = f"{type(problem).__name__}: {said}"
         raise HubError(f"{folder}: {what} ({said[:LONGEST]}); download or save the model again.") from problem
+
+
+def gguf_model(file: Path) -> PreTrainedModel:
+    """The causal language model in a GGUF file, in float32: its numbers are rounded anew in any other dtype too."""
+    return AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
