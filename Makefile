@@ -33,7 +33,7 @@ test-peers: $(VENV)/.peers  ## run what the README says of torchao and optimum-q
 test-sweep: $(VENV)/.test  ## quantize a tiny model of each class that transformers has, a few hundred, and report (an hour)
 	$(BIN)/python -m tests.integration.sweep $(ARGS)
 
-test-versions:  ## run them with the oldest and the newest torch, transformers and accelerate, in two more environments
+test-versions:  ## run them with the oldest torch, transformers and accelerate, with vLLM's, and with the newest, in environments of their own
 	$(PYTHON) .ci/test_versions.py $(ARGS)
 
 # valgrind knows no AVX-512, so that the kernels are compiled for a processor without; the first run fills their cache.
@@ -55,7 +55,7 @@ format: $(VENV)/.lint  ## put the code into shape
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and every cache of the tools
-	rm -rf $(VENV) .venv-oldest .venv-newest .ci-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-vllm .venv-newest .ci-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is one step of the set-up; a step is run again when what it installs was changed.

@@ -1,9 +1,9 @@
-"""Run the tests with the oldest and with the newest torch, transformers and accelerate that pyproject.toml allows.
+"""Run the tests with the oldest torch, transformers and accelerate that are declared, those of vLLM, and the newest.
 
-Each end has a virtual environment of its own, made by `make test`: .venv-oldest and .venv-newest. Where there is no CPU
-build of PyTorch to be had, each takes some 7 GB.
+Each has a virtual environment of its own, made by `make test`: .venv-oldest, .venv-vllm and .venv-newest. Where no CPU
+build of PyTorch can be had, each takes some 7 GB.
 
-Usage: python .ci/test_versions.py [oldest|newest] [arguments of pytest]
+Usage: python .ci/test_versions.py [oldest|vllm|newest] [arguments of pytest]
 """
 
 import os
@@ -14,34 +14,35 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RANGES = ("torch", "transformers", "accelerate")
+PACKAGES = ("torch", "transformers", "accelerate")
+VLLM = {"transformers": "==5.19.*"}  # 0.32 takes none newer
 
 
-def ranges() -> dict[str, str]:
-    """`{package: range}`, such as `{"torch": ">=2.13,<2.16"}`."""
+def constraints(end: str) -> dict[str, str]:
+    """`{package: versions}` of one environment, such as `{"torch": "==2.9"}`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    dependencies = [text.partition(">=") for text in project["dependencies"]]
-    return {name: f">={bounds}" for name, _, bounds in dependencies if name in RANGES}
+    split = [text.partition(">=") for text in project["dependencies"]]
+    oldest = {name: bound for name, _, bound in split if name in PACKAGES}
+    if end == "oldest":
+        return {name: f"=={bound}.*" for name, bound in oldest.items()}
+    open_above = {name: f">={bound}" for name, bound in oldest.items()}
+    return open_above | VLLM if end == "vllm" else open_above
 
 
 def run(end: str, arguments: list[str]) -> int:
-    declared = ranges()
-    if end == "oldest":
-        declared = {
-            name: "==" + bounds.partition(",")[0].removeprefix(">=") for name, bounds in declared.items()
-        }
-    print(f"{end}: {', '.join(name + bounds for name, bounds in declared.items())}", flush=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("".join(f"{name}{bounds}\n" for name, bounds in declared.items()))
-        constraints.flush()
-        command = ["make", "test", f"VENV=.venv-{end}", f"TORCH=torch{declared['torch']}"]
+    chosen = constraints(end)
+    print(f"{end}: {', '.join(name + versions for name, versions in chosen.items())}", flush=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("".join(f"{name}{versions}\n" for name, versions in chosen.items()))
+        file.flush()
+        command = ["make", "test", f"VENV=.venv-{end}", f"TORCH=torch{chosen['torch']}"]
         command.append(f"ARGS={' '.join(arguments)}")
-        environment = os.environ | {"PIP_CONSTRAINT": constraints.name}
+        environment = os.environ | {"PIP_CONSTRAINT": file.name}
         return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
-    ends = ["oldest", "newest"]
+    ends = ["oldest", "vllm", "newest"]
     rest = sys.argv[1:]
     if rest and rest[0] in ends:
         ends = [rest.pop(0)]

@@ -1,24 +1,32 @@
-"""The versions of torch, transformers and accelerate that the package works with: those of its own metadata."""
+"""The versions of torch, transformers and the like that the package works with.
+
+What is older than its metadata asks for is refused; what is newer than tested is used all the same, with a warning.
+"""
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 DISTRIBUTION = "mono-quant-hf"
-CHECKED = ("torch", "transformers", "accelerate")
+TESTED = {"torch": "2.15", "transformers": "5.24", "accelerate": "1.15"}
+"""The newest release of each that the tests passed with (make test-versions)."""
+
+logger = logging.getLogger("mono_quant_hf")
 
 
 def check_versions(requirements: list[str] | None = None) -> None:
-    """Refuse a version that the package was not made for, before it fails in some odd place.
+    """Refuse what is too old before it fails in some odd place; warn once of what is newer than tested.
 
     Args:
         requirements: as in package metadata; those of the installed mono-quant-hf if None. Where it is not installed,
             but used from its source folder, nothing is known and nothing refused.
 
     Raises:
-        ImportError: a package is too old or too new; says which, what is supported, and how to get it.
+        ImportError: a package is too old; says which, what is needed, and how to get it.
 
     Example:
         >>> check_versions(["torch>=99"])  # doctest: +ELLIPSIS
@@ -30,18 +38,42 @@ def check_versions(requirements: list[str] | None = None) -> None:
         try:
             requirements = requires(DISTRIBUTION) or []
         except PackageNotFoundError:
-            return
+            requirements = []
     for text in requirements:
-        if not text.startswith(CHECKED):  # cheap, for what is parsed below takes its time
-            continue
-        requirement = Requirement(text)
-        if requirement.name not in CHECKED or requirement.marker is not None:
-            continue
-        found = version(requirement.name)
-        # 2.13.0+cpu is a 2.13.0, and a nightly build of a supported release is one too.
-        if not requirement.specifier.contains(found, prereleases=True):
-            wanted = f"{requirement.name}{requirement.specifier}"
-            raise ImportError(
-                f"mono_quant_hf works with {wanted}, but {requirement.name} {found} is installed; "
-                f"run: pip install '{wanted}'"
-            )
+        if text.startswith(tuple(TESTED)):  # cheap, for what is parsed below takes its time
+            _check_oldest(Requirement(text))
+    for name, tested in TESTED.items():
+        warn_if_untested(name, tested)
+
+
+def _check_oldest(requirement: Requirement) -> None:
+    if requirement.name not in TESTED or requirement.marker is not None:
+        return
+    found = version(requirement.name)
+    # 2.13.0+cpu is a 2.13.0, and a nightly build of a supported release is one too.
+    if not requirement.specifier.contains(found, prereleases=True):
+        wanted = f"{requirement.name}{requirement.specifier}"
+        raise ImportError(
+            f"mono_quant_hf works with {wanted}, but {requirement.name} {found} is installed; "
+            f"run: pip install '{wanted}'"
+        )
+
+
+def warn_if_untested(name: str, tested: str) -> None:
+    """One warning where a package is of a later release than was tested.
+
+    Args:
+        name: of a distribution that is installed.
+        tested: its newest release that was tested, such as "5.24".
+    """
+    found = version(name)
+    if Version(found).release[:2] > Version(tested).release[:2]:
+        logger.warning(
+            "mono_quant_hf was tested with %s up to %s, and %s is installed; should something fail, try "
+            "pip install '%s==%s.*'.",
+            name,
+            tested,
+            found,
+            name,
+            tested,
+        )

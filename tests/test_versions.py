@@ -7,21 +7,20 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from mono_quant_hf.versions import CHECKED, check_versions
+from mono_quant_hf.versions import TESTED, check_versions
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_both_ends_of_each_range_are_declared():
+def test_ranges_are_open_above_and_what_is_installed_is_tested():
     declared = {Requirement(text).name: Requirement(text).specifier for text in PROJECT["dependencies"]}
-    for name in CHECKED:
-        operators = {specifier.operator for specifier in declared[name]}
-        assert {">=", "<"} <= operators
+    for name in TESTED:
+        assert {specifier.operator for specifier in declared[name]} == {">="}
         assert declared[name].contains(importlib.metadata.version(name), prereleases=True)
 
 
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("name", TESTED)
 @pytest.mark.parametrize("bound", [">=99", "<0.1"])
 def test_an_unsupported_version_is_one_clear_error(name, bound):
     found = importlib.metadata.version(name)
@@ -46,3 +45,16 @@ def test_it_is_the_import_that_raises(tmp_path):
 
 def test_other_requirements_are_left_to_pip():
     check_versions(["torch-other>=99", "numpy>=99", "torch>=99; extra == 'never'"])
+
+
+def test_a_newer_version_than_tested_is_one_warning(monkeypatch, caplog):
+    check_versions([])
+    assert not caplog.records, "what is installed here is tested"
+    found = importlib.metadata.version("transformers")
+    monkeypatch.setitem(TESTED, "transformers", "5.1")
+    check_versions([])
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"mono_quant_hf was tested with transformers up to 5.1, and {found} is installed; should something fail, try "
+        "pip install 'transformers==5.1.*'."
+    )

@@ -3,10 +3,10 @@
 import errno
 
 import torch
-from httpx2 import HTTPError
 from safetensors import SafetensorError
 
 from mono_quant_hf.hub import HubError
+from mono_quant_hf.hub.errors import HTTPError
 from mono_quant_hf.texts import one_line
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from httpx2 import HTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
@@ -18,7 +17,7 @@ from mono_quant_hf.integration.checkpoint import StoredTensor, read_headers
 from mono_quant_hf.json_files import read_json
 from mono_quant_hf.texts import one_line
 
-from .errors import HubError
+from .errors import HTTPError, HubError
 from .folders import has_safetensors, weight_files
 
 OURS = __name__.partition(".")[0] + "."

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from httpx2 import HTTPError
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -30,7 +29,7 @@ from mono_quant_hf.files import scratch_folder
 from mono_quant_hf.modules import QuantizedModule
 
 from .card import PLOTS_FOLDER, is_hub_id, load_card, model_card
-from .errors import HubError
+from .errors import HTTPError, HubError
 from .facts import read_facts
 from .folders import is_inside
 

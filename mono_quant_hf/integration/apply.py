@@ -31,9 +31,10 @@ def change_modules(
     for name, decision in chosen.items():
         change(model.get_submodule(name), decision)
     share_storage(model, groups)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in saying:
-        module = model.get_submodule(name)
-        if isinstance(module, QuantizedModule):  # a damaged checkpoint may have lost its codes
+        # A damaged checkpoint may have lost the codes, or name a module that is not there.
+        if isinstance(module := modules.get(name), QuantizedModule):
             module.say_dtype()
     if isinstance(model, PreTrainedModel):
         declare_tied_storage(model)

@@ -15,12 +15,12 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
-    apply_renamings,
     rename_source_key,
 )
 
 from mono_quant_hf.modules.base import DTYPE_NAME, stored_names
 
+from .by_version import renamed
 from .checkpoint import Checkpoint, StoredTensor
 from .tying import STORED_SUFFIXES
 
@@ -87,13 +87,13 @@ def checkpoint_of(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) ->
     sources: dict[str, list[str]] = {}
     converted = set()
     for name in stored:
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-        targets = [renamed]
-        if renamed not in own and name in own:
+        target_name, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        targets = [target_name]
+        if target_name not in own and name in own:
             targets = [name]
         elif pattern is not None:
             first, *others = by_pattern[pattern].target_patterns
-            targets += [renamed.replace(first, other) for other in others]
+            targets += [target_name.replace(first, other) for other in others]
             converted.add(name)
         for target in targets:
             sources.setdefault(target, []).append(name)
@@ -150,7 +150,7 @@ class StoredRenaming(WeightRenaming):
 
     def rename_source_key(self, source_key: str) -> tuple[str, None]:
         weight = _weight_of(source_key) if source_key in self.names else source_key
-        return apply_renamings(weight, self.renamings) + source_key.removeprefix(weight), None
+        return renamed(weight, self.renamings) + source_key.removeprefix(weight), None
 
     def reverse_transform(self) -> StoredRenaming:
         reversed_parts: Any = [part.reverse_transform() for part in reversed(self.renamings)]

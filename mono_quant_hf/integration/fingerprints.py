@@ -18,12 +18,13 @@ import torch
 import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, apply_converters, revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from mono_quant_hf.config import XXH3, MonoQuantConfig
 
+from .by_version import converted
 from .checkpoint import Flaw, opener
 from .read_ahead import ReadAhead
 
@@ -126,7 +127,7 @@ def _written_by(
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     together: dict[str, list[str]] = {}  # what is joined into one tensor on disk
     for name in state:
-        together.setdefault(apply_converters(name, converters)[0], []).append(name)
+        together.setdefault(converted(name, converters), []).append(name)
     for names in together.values():
         loaded = {n: load_offloaded_parameter(model, n) if state[n].is_meta else state[n] for n in names}
         yield revert_weight_conversion(model, loaded), loaded

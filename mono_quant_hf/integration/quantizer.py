@@ -31,6 +31,7 @@ from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import DTYPE_NAME
 
+from . import by_version
 from .apply import change_modules, make_room, quantized_class_of
 from .checkpoint import (
     NOT_THERE,
@@ -103,6 +104,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         self._names_on_disk: list[str] = []  # of a quantized checkpoint
         self._tied: list[list[str]] = []
         self._says_dtype: set[str] = set()
+        self._shapes: dict[str, torch.Size] = {}
         self._kept_in_float32: re.Pattern[str] | None = None
         self._keep_in_fp32_strict: Any = None
 
@@ -134,6 +136,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         else:
             self.decisions = self.planned = decide(model, self.quantization_config)
             self._await_weights(model, checkpoint_files or [])
+        self._shapes = by_version.shapes_to_come(model)
 
     def _prepare_for_codes(self, model: PreTrainedModel, files: Sequence[str]) -> None:
         """Make room for what a checkpoint holds, once it is known to be what was saved."""
@@ -217,12 +220,12 @@ class MonoQuantHfQuantizer(HfQuantizer):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
-    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel | None = None) -> Any:
         if self.pre_quantized:
             renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
             others = [c for c in weight_conversions if not isinstance(c, WeightRenaming)]
             weight_conversions = [StoredRenaming(renamings, self._names_on_disk), *others]
-        return super().update_weight_conversions(weight_conversions, model)
+        return by_version.update_weight_conversions(self, weight_conversions, model)
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeWeights(self)
@@ -316,6 +319,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
                 f"{module} lacks weights in the checkpoint, of which it holds {', '.join(arrived)}."
             )
         self._awaited, self._arrived = {}, {}
+        by_version.check_shapes(model, self._shapes)
         if self.is_float:
             self._forget(model)
             return model

@@ -272,8 +272,9 @@ class QuantizedModule(nn.Module):
             weight = getattr(self, f"{weight_name}_float16")
             if weight.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError(
-                    f"Expected {weight_name}_float16 of {self.quantization.module_name or type(self).__name__} without "
-                    "a gradient, as it is a constant, got requires_grad=True; train adapters, or dequantize() the model."
+                    f"Expected {weight_name}_float16 of {self.quantization.module_name or type(self).__name__} "
+                    "without a gradient, as it is a constant, got requires_grad=True; train adapters, or dequantize() "
+                    "the model."
                 )
             return weight, None, None
         codes, scale = getattr(self, f"{weight_name}_int8"), getattr(self, f"{weight_name}_scale")

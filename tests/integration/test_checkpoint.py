@@ -7,11 +7,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.integration.by_version import LOADER_CHECKS_SHAPES
 from mono_quant_hf.modules import QuantizedModule
 from tests import tiny_models
 from tests.tiny_models import logits
 
 UP = "model.layers.0.mlp.up_proj"
+needs_shape_check = pytest.mark.skipif(
+    not LOADER_CHECKS_SHAPES, reason="the loader of this transformers checks no shapes of quantized models"
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,15 @@ def test_a_newer_format_version_says_to_upgrade(folder):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.skipif(LOADER_CHECKS_SHAPES, reason="the loader of this transformers checks shapes")
+def test_another_shape_is_an_error_where_the_loader_checks_none(tmp_path):
+    tiny_models.llama().save_pretrained(tmp_path)
+    edit(tmp_path, replace(f"{UP}.weight", lambda w: w[:, :-1].clone()))
+    with pytest.raises(ValueError, match=rf"Expected {UP}.weight \[\d+, \d+\], got"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=MonoQuantConfig())
+
+
+@needs_shape_check
 def test_a_float_checkpoint_of_another_shape_is_what_transformers_makes_of_it(tmp_path):
     tiny_models.llama().save_pretrained(tmp_path)
     edit(tmp_path, replace(f"{UP}.weight", lambda w: w[:, :-1].clone()))
