@@ -132,8 +132,8 @@ class CodesMethod(LinearMethodBase):
         return layer
 
 
-def _stored(layer: Any, part: Part, place: int | slice, name: str = "weight") -> tuple[Any, Any, Any]:
-    """Weight, scale and zero-point of some rows, or of an expert; None for what there is not."""
+def _stored(layer: Any, part: Part, place: slice, name: str = "weight") -> tuple[Any, Any, Any]:
+    """Weight, scale and zero-point of some rows; None for what there is not."""
     scale = getattr(layer, f"{name}_scale")[place] if part.weights == "int8" else None
     zero_point = getattr(layer, f"{name}_zero_point")[place] if part.zero_points else None
     return getattr(layer, f"{name}_{part.weights}")[place], scale, zero_point
@@ -186,26 +186,58 @@ class ExpertsMethod(FusedMoEMethodBase):
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
         ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids]
-        act = ACTIVATIONS[layer.activation]
-        output = torch.zeros_like(x)
-        for expert in ids.unique().tolist():
-            if expert < 0:  # of another rank
-                continue
-            tokens, places = (ids == expert).nonzero(as_tuple=True)
-            share = topk_weights[tokens, places, None]
-            rows = x[tokens]
-            if layer.apply_router_weight_on_input:
-                rows = (rows * share).to(x.dtype)
-            gate, up = self._product(layer, "w13", expert, rows).chunk(2, dim=-1)
-            rows = self._product(layer, "w2", expert, act(gate) * up)
-            if not layer.apply_router_weight_on_input:
-                rows = rows * share
-            output.index_add_(0, tokens, rows.to(x.dtype))
-        return output
+        gate_up, down = (
+            [t for t in _stored(layer, self.part, slice(None), f"{name}_weight") if t is not None]
+            for name in ("w13", "w2")
+        )
+        share_first = bool(layer.apply_router_weight_on_input)
+        return torch.ops.mono_quant.experts(
+            x, topk_weights, ids, gate_up, down, layer.activation.value, self.part.activations, share_first
+        )
 
-    def _product(self, layer: Any, name: str, expert: int, x: Tensor) -> Tensor:
-        stored = _stored(layer, self.part, expert, f"{name}_weight")
-        return kernels.linear(x, *stored, None, self.part.activations)
+
+@torch.library.custom_op("mono_quant::experts", mutates_args=())
+def experts(
+    x: Tensor,
+    shares: Tensor,
+    ids: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    activation: str,
+    activations: str | None,
+    share_first: bool,
+) -> Tensor:
+    """The sum of what the chosen experts make of each token. An operator, as a compiler can't follow who is chosen.
+
+    Args:
+        x: [tokens, K].
+        shares, ids: [tokens, chosen]; experts of other ranks are -1.
+        gate_up, down: weight [experts, out, in], for codes also the scale, perhaps the zero-point.
+        activation: by vLLM's name; `activations` as in `kernels.linear`.
+        share_first: whether the share is of the input, not of the output.
+    """
+    act, output = ACTIVATIONS[MoEActivation(activation)], torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        tokens, places = (ids == expert).nonzero(as_tuple=True)
+        share, rows = shares[tokens, places, None], x[tokens]
+        rows = (rows * share).to(x.dtype) if share_first else rows
+        gate, up = _by_expert(rows, gate_up, expert, activations).chunk(2, dim=-1)
+        rows = _by_expert(act(gate) * up, down, expert, activations)
+        output.index_add_(0, tokens, rows if share_first else (rows * share).to(x.dtype))
+    return output
+
+
+@experts.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _by_expert(x: Tensor, stored: Sequence[Tensor], expert: int, activations: str | None) -> Tensor:
+    weight, *rest = (tensor[expert] for tensor in stored)
+    scale, zero_point = (*rest, None, None)[:2]
+    return kernels.linear(x, weight, scale, zero_point, None, activations)
 
 
 class _ExpertLoader:
