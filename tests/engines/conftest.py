@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.hub.conftest import environment, hub  # noqa: F401
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

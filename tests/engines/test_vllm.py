@@ -147,6 +147,16 @@ def test_smollm2(vllm, smollm2, tmp_path, settings):
     assert vllm.generate(folder, prompts, tokens=12, enforce_eager=True) == expected
 
 
+def test_a_revision_on_the_hub(vllm, hub, environment, tmp_path):
+    _, asymmetric = quantized(tmp_path / "main", tied_qwen3)
+    _, symmetric = quantized(tmp_path / "branch", tied_qwen3, symmetric=True, quantize_embeddings=True)
+    asymmetric.push_to_hub("me/tiny")
+    hub.repos["me/tiny"].branches["symmetric"] = hub.repos["me/tiny"].branches["main"]
+    symmetric.push_to_hub("me/tiny", revision="symmetric")
+    options = {"environment": environment, "enforce_eager": True}
+    assert vllm.generate("me/tiny", PROMPTS, revision="symmetric", **options) == greedy(symmetric)
+
+
 def test_a_layout_without_a_form_is_one_clear_error(vllm, tmp_path):
     folder, _ = quantized(
         tmp_path, mixtral, quantize_embeddings=True
