@@ -33,12 +33,13 @@ def vllm():
     if not Path(python).is_file():
         pytest.skip("vLLM runs in an environment of its own, which is not here: make test-engines")
 
-    def generate(folder, prompts, tokens=24, environment=None, **options):
+    def generate(folder, prompts, tokens=24, variables=None, adapter=None, **options):
         request = {"model": str(folder), "prompts": prompts, "tokens": tokens, "options": options}
+        request["adapter"] = adapter and str(adapter)
         done = subprocess.run(
             [python, HERE / "vllm_generate.py"],
             input=json.dumps(request),
-            env=_environment() | (environment or {}),
+            env=_environment() | (variables or {}),
             capture_output=True,
             text=True,
             timeout=600,

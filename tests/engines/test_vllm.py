@@ -4,6 +4,7 @@ import socket
 import subprocess
 import time
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -80,7 +81,7 @@ def greedy(model, prompts=PROMPTS, tokens=24):
     answers = []
     for prompt in prompts:
         output = model.generate(
-            torch.tensor([prompt]),
+            input_ids=torch.tensor([prompt]),
             max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=None,
@@ -147,13 +148,30 @@ def test_smollm2(vllm, smollm2, tmp_path, settings):
     assert vllm.generate(folder, prompts, tokens=12, enforce_eager=True) == expected
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_an_adapter(vllm, tmp_path):
+    folder, model = quantized(tmp_path, llama)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = greedy(adapted.eval())
+    options = {"enforce_eager": True, "enable_lora": True, "max_lora_rank": 8}
+    assert vllm.generate(folder, PROMPTS, adapter=tmp_path / "adapter", **options) == expected
+    with adapted.disable_adapter():
+        assert greedy(adapted) != expected
+
+
 def test_a_revision_on_the_hub(vllm, hub, environment, tmp_path):
     _, asymmetric = quantized(tmp_path / "main", tied_qwen3)
     _, symmetric = quantized(tmp_path / "branch", tied_qwen3, symmetric=True, quantize_embeddings=True)
     asymmetric.push_to_hub("me/tiny")
     hub.repos["me/tiny"].branches["symmetric"] = hub.repos["me/tiny"].branches["main"]
     symmetric.push_to_hub("me/tiny", revision="symmetric")
-    options = {"environment": environment, "enforce_eager": True}
+    options = {"variables": environment, "enforce_eager": True}
     assert vllm.generate("me/tiny", PROMPTS, revision="symmetric", **options) == greedy(symmetric)
 
 

@@ -1,6 +1,6 @@
 """Greedy tokens by vLLM, for the tests, which run it in the environment of vLLM: one engine a process.
 
-Reads `{"model": folder, "revision": str, "prompts": [[token, ...], ...], "tokens": int, "options": {...}}` as JSON,
+Reads `{"model": folder, "adapter": folder or None, "prompts": [[token, ...], ...], "tokens": int, "options": {...}}`,
 prints the tokens of each prompt as JSON in a line that begins with TOKENS, among what vLLM prints.
 """
 
@@ -8,6 +8,7 @@ import json
 import sys
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 
 def main() -> None:
@@ -22,7 +23,9 @@ def main() -> None:
         **request["options"],
     )
     greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], greedy)
+    adapter = request["adapter"] and LoRARequest("adapter", 1, request["adapter"])
+    prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+    outputs = llm.generate(prompts, greedy, lora_request=adapter)
     print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]), flush=True)
 
 
