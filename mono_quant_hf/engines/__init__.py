@@ -1,7 +1,5 @@
 """Plugins of engines that serve checkpoints of this package as they are; each is imported by its engine alone."""
 
-__all__ = ["register"]
-
 
 def register() -> None:
     """Tell vLLM of `"quant_method": "mono_quant"`: the entry point in the group `vllm.general_plugins`."""
