@@ -20,7 +20,6 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from mono_quant_hf import kernels
-from mono_quant_hf.modules.float_view import look_up
 
 ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.SILU: F.silu,
@@ -119,7 +118,7 @@ class CodesMethod(LinearMethodBase):
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         part, rows = self.spans[0]
-        return look_up(input_, *_stored(layer, part, slice(rows)), layer.shown_dtype)
+        return kernels.look_up(input_, *_stored(layer, part, slice(rows)), layer.shown_dtype)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Have a head use the table, quantized or not."""
