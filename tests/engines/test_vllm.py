@@ -123,7 +123,7 @@ def test_tensor_parallelism(vllm, tmp_path, make):
 
 
 def test_compiled_as_vllm_does_by_default(vllm, tmp_path):
-    folder, model = quantized(tmp_path, qwen3_moe)
+    folder, model = quantized(tmp_path, qwen3_moe, quantize_embeddings=True)
     assert vllm.generate(folder, PROMPTS) == greedy(model)
 
 
