@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CHECKED := mono_quant_hf tests $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-sweep test-versions memcheck lint format clean
+.PHONY: help demo test test-peers test-engines test-sweep test-versions memcheck lint format clean
 
 help:  ## say what can be made
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,6 +29,9 @@ test: $(VENV)/.test  ## run the tests
 
 test-peers: $(VENV)/.peers  ## run what the README says of torchao and optimum-quanto with them
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/test_peers.py tests/test_readme.py $(ARGS)
+
+test-engines: $(VENV)/.test $(VENV)-vllm/.made  ## serve models with vLLM, in an environment of its own (2 GB)
+	MONO_QUANT_VLLM_PYTHON=$(VENV)-vllm/bin/python $(BIN)/python -m pytest tests/engines $(ARGS)
 
 test-sweep: $(VENV)/.test  ## quantize a tiny model of each class that transformers has, a few hundred, and report (an hour)
 	$(BIN)/python -m tests.integration.sweep $(ARGS)
@@ -55,7 +58,7 @@ format: $(VENV)/.lint  ## put the code into shape
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and every cache of the tools
-	rm -rf $(VENV) .venv-oldest .venv-vllm .venv-newest .ci-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm .venv-oldest .venv-serving .venv-newest .ci-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is one step of the set-up; a step is run again when what it installs was changed.
@@ -83,6 +86,11 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 $(VENV)/.peers: $(VENV)/.test
 	@$(PIP) --no-deps --upgrade --target $(VENV)/peers torchao==0.18.0 optimum-quanto==0.2.7 ninja
 	@touch $@
+
+# Without the wheel there is no environment and no stamp: the tests say why they are skipped.
+$(VENV)-vllm/.made: $(VENV)/.torch tests/engines/vllm_environment.py
+	@$(BIN)/python tests/engines/vllm_environment.py $(VENV)-vllm
+	@test ! -d $(VENV)-vllm || touch $@
 
 $(VENV)/.lint: $(VENV)/.test
 	@$(PIP) --editable '.[lint]'

@@ -1,9 +1,10 @@
-"""Run the tests with the oldest torch, transformers and accelerate that are declared, those of vLLM, and the newest.
+"""Run the tests with the oldest torch, transformers and accelerate that are declared, those that vLLM
+takes, and the newest.
 
-Each has a virtual environment of its own, made by `make test`: .venv-oldest, .venv-vllm and .venv-newest. Where no CPU
+Each has a virtual environment of its own, made by `make test`: .venv-oldest, .venv-serving and .venv-newest. Where no CPU
 build of PyTorch can be had, each takes some 7 GB.
 
-Usage: python .ci/test_versions.py [oldest|vllm|newest] [arguments of pytest]
+Usage: python .ci/test_versions.py [oldest|serving|newest] [arguments of pytest]
 """
 
 import os
@@ -26,7 +27,7 @@ def constraints(end: str) -> dict[str, str]:
     if end == "oldest":
         return {name: f"=={bound}.*" for name, bound in oldest.items()}
     open_above = {name: f">={bound}" for name, bound in oldest.items()}
-    return open_above | VLLM if end == "vllm" else open_above
+    return open_above | VLLM if end == "serving" else open_above
 
 
 def run(end: str, arguments: list[str]) -> int:
@@ -42,7 +43,7 @@ def run(end: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    ends = ["oldest", "vllm", "newest"]
+    ends = ["oldest", "serving", "newest"]
     rest = sys.argv[1:]
     if rest and rest[0] in ends:
         ends = [rest.pop(0)]

@@ -13,7 +13,9 @@ import mono_quant_hf
 from mono_quant_hf.modules import registry
 
 SUBMODULES = [info.name for info in pkgutil.walk_packages(mono_quant_hf.__path__, "mono_quant_hf.")]
-MODULES = ["mono_quant_hf", *sorted(name for name in SUBMODULES if not name.endswith("__main__"))]
+# Running the package is its command line; a plugin is imported by its engine, kernels of Triton where that is.
+ELSEWHERE = ("mono_quant_hf.__main__", "mono_quant_hf.engines.", "mono_quant_hf.kernels.triton_")
+MODULES = ["mono_quant_hf", *sorted(name for name in SUBMODULES if not name.startswith(ELSEWHERE))]
 NEEDED = {"mono_quant_hf.hub.export_gguf": "gguf"}
 """What the examples of a module import that not everyone has."""
 
