@@ -53,7 +53,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="quantize a real language model, and say what it costs and saves",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="storage of weights (int8)")
     command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")

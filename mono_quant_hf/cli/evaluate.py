@@ -52,7 +52,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="perplexity, KL divergence and agreement with the float model",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("model", help="the float model: a folder or a name on the Hub")
     command.add_argument(

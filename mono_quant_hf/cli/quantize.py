@@ -45,7 +45,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="quantize a float model and save it, with calibration if asked",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("model", help="a folder, a name on the Hub, or a GGUF file")
     command.add_argument("output", type=Path, help="folder for the quantized model; new, or empty")
@@ -70,7 +69,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         type=float,
         default=Compensation().damping,
         metavar="X",
-        help="mistrust of the text, 0 to 1: less fits it more closely, more is safer on another kind (%(default)s)",
+        help="0 to 1: lower fits the calibration text more closely, higher is safer on other text (%(default)s)",
     )
     command.add_argument("--seed", type=int, default=0, help="of the text that the model writes (0)")
     command.add_argument(
