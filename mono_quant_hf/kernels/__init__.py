@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from . import expansion, operators, portable
+from . import expansion, gpu, operators, portable
 from .choice import KERNELS, Choice, choose, get_kernel, set_kernel, use_kernel
+from .expansion import look_up
 from .operands import check, check_kinds
+from .operators import grouped_linear
 from .plain import is_plain
 from .quantization import quantize
 
@@ -15,8 +17,10 @@ __all__ = [
     "choose",
     "expand",
     "get_kernel",
+    "grouped_linear",
     "linear",
     "linear_backward",
+    "look_up",
     "quantize",
     "set_kernel",
     "use_kernel",
@@ -65,8 +69,9 @@ def linear(
     plain = is_plain(x, weight, scale, zero_point, bias)
     if plain and not wants_grad:
         return operators.compute(x, weight, scale, zero_point, bias)
-    if get_kernel() == "portable" or not (x.is_cpu or x.is_meta):
-        # In plain operations, which a compiler fuses: the expansion never reaches memory there.
+    if get_kernel() == "portable" or not (x.is_cpu or x.is_meta or not gpu.why_missing(x.device)):
+        # In plain operations, which a compiler may fuse. Where Triton is, a kernel of ours that reads codes does better
+        # than what Inductor makes of them, which is a half-precision weight in memory.
         (check if plain else check_kinds)(x, weight, scale, zero_point, bias)
         return portable.linear(x, weight, scale, zero_point, bias)
     return operators.call(x, weight, scale, zero_point, bias)

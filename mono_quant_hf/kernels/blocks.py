@@ -6,8 +6,8 @@ Never more than a block is expanded at a time, forward and backward. Needs nothi
 import torch
 from torch import Tensor
 
-from . import portable
 from .expansion import expand_into
+from .rows import without_autocast
 
 BLOCK_BYTES = 32 << 20  # of expanded weight; less starts more parallel loops, and a narrow matmul is slower
 
@@ -21,7 +21,7 @@ def linear(
     out = torch.empty(flat.shape[0], n, dtype=torch.float32, device=x.device)
     cast_bias = None if bias is None else bias.float()
     block = _block(weight, x.device)
-    with portable.without_autocast(x.device):
+    with without_autocast(x.device):
         for rows in _slices(n, block.shape[0]):
             part = block[: rows.stop - rows.start]
             expand_into(part, weight[rows], _rows_of(scale, rows), _rows_of(zero_point, rows))
@@ -38,7 +38,7 @@ def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Ten
     flat = grad.reshape(-1, n).float()
     to_x = torch.zeros(flat.shape[0], k, dtype=torch.float32, device=grad.device)
     block = _block(weight, grad.device)
-    with portable.without_autocast(grad.device):
+    with without_autocast(grad.device):
         for rows in _slices(n, block.shape[0]):
             part = block[: rows.stop - rows.start]
             expand_into(part, weight[rows], _rows_of(scale, rows), _rows_of(zero_point, rows))

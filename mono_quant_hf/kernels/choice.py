@@ -6,7 +6,8 @@ name of a way, which is then taken wherever it can be:
 - `int16`: CPU, int8 codes: x in int16 with a scale for each token, products summed in integers; Numba
 - `float`: CPU: int8 codes or float16 weights, turned to float32 as they stream by; Numba
 - `blocks`: CPU: some rows at a time expanded to float32, torch's float32 matmul
-- `portable`: everywhere: expand, then torch's matmul
+- `triton`: CUDA, ROCm, XPU: codes and float16 weights become half precision within a kernel; up to 1023 tokens
+- `portable`: everywhere, in torch's own operations: expand, then torch's matmul
 - `int8`: x in int8 too, by our kernel (VNNI) or torch's integer matmul; only in layers that ask for int8 activations
 """
 
@@ -20,12 +21,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, gpu
 from .int8_activations import FEWEST_TOKENS, LONGEST, by_kernel, has_units, is_exact
 
 log = logging.getLogger("mono_quant_hf")
 
-KERNELS = ("auto", "int16", "float", "blocks", "portable", "int8")
+KERNELS = ("auto", "int16", "float", "blocks", "portable", "int8", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def choose(x: Tensor, weight: Tensor, activations: str | None = None) -> Choice:
             return int8
         refused = f"no int8 activations, as {int8.reason}; "
     contiguous = weight.is_contiguous()
-    choice = decide(x.device.type, x.dtype, weight.dtype, tokens, contiguous, is_small(n, k), _setting)
+    choice = decide(str(x.device), x.dtype, weight.dtype, tokens, contiguous, is_small(n, k), _setting)
     return Choice(choice.name, refused + choice.reason)
 
 
@@ -132,7 +133,7 @@ def decide(
 ) -> Choice:
     """`choose` by what it depends on."""
     if device != "cpu":
-        return Choice("portable", f"the device is {device}")
+        return _elsewhere(device, x_dtype, weight_dtype, tokens, contiguous, setting)
     if x_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Choice("portable", f"x is {x_dtype}")
     if weight_dtype not in (torch.int8, torch.float16):
@@ -193,6 +194,30 @@ def decide_int8(
 def _no_gain(reason: str) -> Choice:
     log.warning("activations='int8' changes nothing here: %s. Activations stay in float.", reason)
     return Choice("", reason)
+
+
+def _elsewhere(
+    device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int, contiguous: bool, setting: str
+) -> Choice:
+    if setting == "portable":
+        return Choice("portable", "it was asked for")
+    if missing := gpu.why_missing(torch.device(device)):
+        return Choice("portable", missing)
+    if x_dtype not in gpu.HALVES:
+        return Choice("portable", f"x is {x_dtype}")
+    if weight_dtype not in (torch.int8, torch.float16):
+        return Choice("portable", f"the weight is {weight_dtype}")
+    if tokens == 0:
+        return Choice("portable", "x is empty")
+    if not contiguous:
+        return Choice("portable", "the weight has gaps in memory")
+    if setting == "triton":
+        return Choice("triton", "it was asked for")
+    if weight_dtype == x_dtype:
+        return Choice("portable", "the weight is as x, and torch's matmul takes it")
+    if tokens >= gpu.MANY_TOKENS:
+        return Choice("portable", "many tokens: arithmetic is the limit, and torch's matmul is best at it")
+    return Choice("triton", "memory is the limit, and codes are read as they are")
 
 
 if hasattr(os, "register_at_fork"):

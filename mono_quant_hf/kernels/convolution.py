@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .expansion import expand
-from .portable import compute_dtype, keep, without_autocast
+from .portable import compute_dtype, keep
+from .rows import without_autocast
 
 
 def convolution(

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from . import cpu, portable
+from . import cpu, gpu, portable
 from .operands import check_codes, check_memory
 from .plain import is_plain
 
@@ -32,7 +33,33 @@ def expand(
             and cpu.load() is not None
         ):
             return cpu.expand(weight, scale, zero_point, torch.empty_like(weight, dtype=torch.float32))
+        if scale is not None and _takes_triton(weight, scale, dtype):
+            flat = weight.reshape(scale.numel(), -1)
+            return gpu.expand(flat, scale, zero_point, dtype).view(weight.shape)
     return portable.expand(weight, scale, zero_point, dtype)
+
+
+def look_up(
+    indices: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The rows of a quantized table at integer `indices` [...], expanded to `dtype`; no other row is expanded.
+
+    Args:
+        weight: int8 or float16 [rows, dim]; scale float32 and zero_point int8 [rows, 1] or [1, dim], or None.
+    """
+    if (
+        scale is not None
+        and len(scale) == len(weight)
+        and indices.numel()
+        and is_plain(indices, weight, scale, zero_point)
+        and _takes_triton(weight, scale, dtype)
+    ):
+        return gpu.expand(weight, scale, zero_point, dtype, indices)
+
+    def rows(table: Tensor | None) -> Tensor | None:
+        return table if table is None or len(table) != len(weight) else functional.embedding(indices, table)
+
+    return expand(functional.embedding(indices, weight), rows(scale), rows(zero_point), dtype)
 
 
 def expand_into(out: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
@@ -49,6 +76,19 @@ def expand_into(out: Tensor, weight: Tensor, scale: Tensor | None, zero_point: T
     if zero_point is not None:
         out.sub_(zero_point)
     return out.mul_(scale)
+
+
+def _takes_triton(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
+    """On a device with Triton, and a scale for each of the leading indices of the weight."""
+    leading = [size for size in scale.shape if size > 1]
+    return (
+        not weight.is_cpu
+        and dtype != torch.float64
+        and weight.numel() > 0
+        and weight.is_contiguous()
+        and list(weight.shape[: len(leading)]) == leading
+        and not gpu.why_missing(weight.device)
+    )
 
 
 def _broadcasts(tensor: Tensor, weight: Tensor) -> bool:

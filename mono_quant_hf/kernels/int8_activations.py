@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import cpu, portable
 from .plain import is_plain
+from .rows import without_autocast
 
 LARGEST = 127
 LONGEST = 1 << 16
@@ -71,7 +72,7 @@ def forward(
     columns = outlier_columns(k)
     if x.is_cpu and is_plain(x, weight, scale, zero_point, bias) and by_kernel(k):
         return cpu.linear("int8", x, weight.contiguous(), scale, zero_point, bias, outlier_columns=columns)
-    with portable.without_autocast(x.device):
+    with without_autocast(x.device):
         values = x.reshape(-1, k).float()
         outliers = values.abs().nan_to_num(0.0, 0.0, 0.0).amax(0).topk(columns).indices
         few = portable.expand(weight.index_select(1, outliers), scale, zero_point)

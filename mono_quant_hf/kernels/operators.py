@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, cpu, int8_activations, portable
+from . import blocks, cpu, gpu, int8_activations, portable
 from .choice import decide, decide_int8, get_kernel, is_small
 from .operands import check, check_kinds
 from .plain import is_plain
@@ -50,13 +50,15 @@ def _compute(
     """`compute` of operands that were checked: `usual` is what `check` gave."""
     n, k = weight.shape
     tokens = x.numel() // k if k else 0
-    device = "cpu" if usual or x.is_cpu else x.device.type
+    device = "cpu" if usual or x.is_cpu else str(x.device)
     contiguous = usual or weight.is_contiguous()
     name = decide(device, x.dtype, weight.dtype, tokens, contiguous, is_small(n, k), get_kernel()).name
     if name == "portable":
         return portable.forward(x, weight, scale, zero_point, bias)
     if name == "blocks":
         return blocks.linear(x, weight, scale, zero_point, bias)
+    if name == "triton":
+        return gpu.linear(x, weight, scale, zero_point, bias)
     return cpu.linear(name, x, weight, scale, zero_point, bias, usual)
 
 
@@ -69,7 +71,17 @@ def _compute_backward(
     check(grad, weight, scale, zero_point, None, inner=0)
     if grad.is_cpu and grad.dtype != torch.float64 and get_kernel() != "portable":
         return blocks.backward(grad, weight, scale, zero_point)
+    tokens = grad.numel() // max(grad.shape[-1], 1)
+    if not grad.is_cpu and _by_triton(grad, weight, tokens):
+        return gpu.backward(grad, weight, scale, zero_point)
     return portable.backward(grad, weight, scale, zero_point)
+
+
+def _by_triton(x: Tensor, weight: Tensor, tokens: int) -> bool:
+    name = decide(
+        str(x.device), x.dtype, weight.dtype, tokens, weight.is_contiguous(), False, get_kernel()
+    ).name
+    return name == "triton"
 
 
 _library.impl("linear_int8", compute, "CompositeExplicitAutograd")
@@ -139,6 +151,23 @@ def _fake_product(
 ) -> Tensor:
     check_kinds(x, weight, scale, zero_point, bias, inner)
     return x.new_empty((*x.shape[:-1], weight.shape[1 - inner]))
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, ends: Tensor
+) -> Tensor | None:
+    """Rows of x, sorted by expert, by each one's weight, in one launch; None where no device or kernel can.
+
+    Args:
+        x: [M, K].
+        weight: int8 or float16 [experts, N, K]; scale float32 and zero_point int8 [experts, N, 1], or None.
+        ends: integer [experts]: where the rows of each expert end, in rising order.
+    """
+    tokens = x.shape[0] // max(len(ends), 1)
+    per_row = scale is None or scale.shape[1] == weight.shape[1]
+    if x.is_cpu or not per_row or not _by_triton(x, weight, max(tokens, min(x.shape[0], 1))):
+        return None
+    return gpu.grouped_linear(x, weight, scale, zero_point, ends)
 
 
 # ---------------------------------------------------------------- autograd

@@ -1,18 +1,19 @@
-"""The portable way: expand the codes to floats, then torch's own matmul.
+"""The portable way, in torch's own operations: right on every device and dtype torch knows, `meta` included.
 
-Right on every device and dtype torch knows, `meta` included, and plain enough for a compiler to fuse. It is
-the reference that the faster ways are tested against, and what they fall back to.
+On a CPU it expands the codes to floats and multiplies: the reference that the faster ways are tested against, and what
+they fall back to. Elsewhere it is the one of `rows`. A compiler fuses both.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import rows
 from .operands import check_memory
 from .plain import is_plain
+from .rows import without_autocast
 
 
 def expand(
@@ -39,18 +40,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast changes nothing on `device` (free when it is off already)."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
-
-
 def forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """`x Wᵀ + b` on the expanded weight, in x's dtype. No gradient: see `backward`."""
+    """`x Wᵀ + b` in x's dtype. No gradient: see `backward`."""
+    if not x.is_cpu and x.dtype in rows.DTYPES:
+        return rows.linear(x, weight, scale, zero_point, bias)
     dtype = compute_dtype(x)
     with without_autocast(x.device):
         full = expand(weight, scale, zero_point, dtype)
@@ -59,6 +54,8 @@ def forward(
 
 def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
     """The gradient to x, `grad W`, from a fresh expansion: nothing expanded was kept since the forward."""
+    if not grad.is_cpu and grad.dtype in rows.DTYPES:
+        return rows.backward(grad, weight, scale, zero_point)
     dtype = compute_dtype(grad)
     with without_autocast(grad.device):
         return (grad.to(dtype) @ expand(weight, scale, zero_point, dtype)).to(grad.dtype)

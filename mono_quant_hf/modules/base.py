@@ -269,7 +269,13 @@ class QuantizedModule(nn.Module):
         """Codes (or the float16 weight), scale and zero-point that stand for a weight."""
         # As attributes, which they are for nn.DataParallel and the like, who take the parameters out.
         if self.quantization.weights == "float16":
-            return getattr(self, f"{weight_name}_float16"), None, None
+            weight = getattr(self, f"{weight_name}_float16")
+            if weight.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"Expected {weight_name}_float16 of {self.quantization.module_name or type(self).__name__} without "
+                    "a gradient, as it is a constant, got requires_grad=True; train adapters, or dequantize() the model."
+                )
+            return weight, None, None
         codes, scale = getattr(self, f"{weight_name}_int8"), getattr(self, f"{weight_name}_scale")
         return (
             codes,
@@ -279,7 +285,8 @@ class QuantizedModule(nn.Module):
 
     def dequantized(self, weight_name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in `dtype`."""
-        stored, scale, zero_point = (None if t is None else t.detach() for t in self.stored(weight_name))
+        with torch.no_grad():
+            stored, scale, zero_point = (None if t is None else t.detach() for t in self.stored(weight_name))
         assert stored is not None
         return kernels.expand(stored, scale, zero_point, dtype)
 

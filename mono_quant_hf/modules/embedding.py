@@ -4,8 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from mono_quant_hf import kernels
+
 from .base import Axes, QuantizedModule
-from .float_view import look_up
 from .registry import MIXINS
 
 
@@ -36,7 +37,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         return super().refuses(module)
 
     def forward(self, input: Tensor) -> Tensor:
-        return look_up(input, *self.stored(), self.quantization.dtype)
+        return kernels.look_up(input, *self.stored(), self.quantization.dtype)
 
 
 MIXINS[nn.Embedding] = QuantizedEmbedding

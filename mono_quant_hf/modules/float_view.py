@@ -257,6 +257,10 @@ def _grouped_mm(func: Any, input: Any, weight: Any, offs: Any = None, *rest: Any
     """Rows of the input, sorted by expert, by each one's weight: `offs` are the ends of the experts' rows."""
     if isinstance(input, FloatView) or input.dim() != 2 or weight.dim() != 3 or offs is None:
         return NotImplemented
+    if isinstance(weight, FloatView):
+        product = kernels.grouped_linear(input, *weight._each(lambda tensor: tensor.mT), offs)
+        if product is not None:
+            return product
     output = input.new_zeros(input.shape[0], weight.shape[2])
     start = 0
     for expert, end in enumerate(offs.tolist()):
@@ -291,24 +295,7 @@ def _convolution(func: Any, x: Any, weight: Any, bias: Any, *geometry: Any) -> A
 def _embedding(func: Any, weight: Any, indices: Tensor, *options: Any) -> Any:
     if not isinstance(weight, FloatView) or weight.dim() != 2:
         return NotImplemented
-    return look_up(indices, weight.stored, weight.scale, weight.zero_point, weight.dtype)
-
-
-def look_up(
-    input: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The rows of a quantized table, expanded to `dtype`; no other row is expanded.
-
-    Args:
-        input: integer `[...]`.
-        weight: int8 or float16 `[rows, dim]`; `scale` float32 and `zero_point` int8 `[rows, 1]` or `[1, dim]`, or None.
-    """
-
-    def rows(table: Tensor | None) -> Tensor | None:
-        return table if table is None or len(table) != len(weight) else F.embedding(input, table)
-
-    codes = F.embedding(input, weight)
-    return kernels.expand(codes, rows(scale), rows(zero_point), dtype)
+    return kernels.look_up(indices, weight.stored, weight.scale, weight.zero_point, weight.dtype)
 
 
 def _view(func: Any, view: FloatView, *args: Any, **kwargs: Any) -> Any:

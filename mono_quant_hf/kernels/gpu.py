@@ -1,0 +1,228 @@
+"""Launches the Triton kernels: products by int8 codes and float16 weights, of which nothing is expanded in memory.
+
+They run where Triton does and tensor cores take bfloat16: CUDA from sm_80 on, ROCm, XPU. Triton is imported with the
+first product. Nothing is tuned at run time: `TILES` says how a product is cut up, and may be changed.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+FEW_TOKENS = 4
+"""So many are multiplied one by one: more share their rows of the weight by way of the tensor cores."""
+MANY_TOKENS = 1024
+"""From here on arithmetic is the limit, not memory: torch's own matmul on expanded rows is left to do it."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The part of a product that one program computes, and what Triton needs to know to compile it."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+TILES: dict[str, list[tuple[int, Tile]]] = {
+    "cuda": [(16, Tile(16, 64, 128, 4, 4)), (32, Tile(32, 64, 128, 4, 4)), (128, Tile(64, 128, 64, 4, 3))],
+    "hip": [(16, Tile(16, 64, 128, 4, 2)), (32, Tile(32, 64, 128, 4, 2)), (128, Tile(64, 64, 64, 4, 2))],
+}
+"""By backend: up to so many tokens, such a tile; the last for all above. `xpu` is cut up as `cuda`."""
+INT8_TILES: dict[str, list[tuple[int, Tile]]] = {
+    "cuda": [(32, Tile(32, 64, 64, 4, 4)), (128, Tile(128, 128, 64, 8, 3))],
+    "hip": [(32, Tile(32, 64, 64, 4, 2)), (128, Tile(64, 64, 64, 4, 2))],
+}
+"""The same for int8 activations."""
+GRADIENT_TILES = {"cuda": Tile(64, 64, 64, 4, 3), "hip": Tile(64, 64, 64, 4, 2)}
+VECTOR_TILE = Tile(1, 4, 512, 4, 1)
+EXPANSION_TILE = Tile(1, 8, 512, 4, 1)
+GROUP_M = 8
+CHECKED = {"debug": True, "sanitize_overflow": False}
+"""Options with which an index past the table stops the program, as torch's own look-up does."""
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def why_missing(device: torch.device) -> str:
+    """Why a device has no Triton kernels; empty where it has them."""
+    if device.type not in ("cuda", "xpu"):
+        return f"the device is {device.type}"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        return f"{torch.cuda.get_device_name(device)} is older than sm_80"
+    return ""
+
+
+def backend() -> str:
+    """The key of `TILES`."""
+    return "cuda" if torch.version.hip is None else "hip"
+
+
+def _kernels() -> Any:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def _tile(table: dict[str, list[tuple[int, Tile]]], tokens: int) -> Tile:
+    tiles = table[backend()]
+    return next((tile for most, tile in tiles if tokens <= most), tiles[-1][1])
+
+
+def _parts(size: int, part: int) -> int:
+    return -(-size // part)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] as [M, K] whose rows have no gaps; rows may lie apart."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device its tensors are on."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any
+) -> None:
+    with _on(device):
+        kernel[grid](*arguments, **constants)
+
+
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`x Wᵀ + b` in x's dtype, sums in float32. No gradient.
+
+    Args:
+        x: bfloat16 or float16 [..., K].
+        weight: int8 or float16 [N, K] without gaps; scale float32 and zero_point int8 [N, 1], or None.
+        bias: [N] floating, or None.
+    """
+    flat, (n, k) = _rows(x), weight.shape
+    m = flat.shape[0]
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    flags = {
+        "HAS_SCALE": scale is not None,
+        "HAS_ZERO": zero_point is not None,
+        "HAS_BIAS": bias is not None,
+    }
+    if m <= FEW_TOKENS:
+        tile = VECTOR_TILE
+        _launch(
+            _kernels().matvec, (_parts(n, tile.n), m), flat.device,
+            flat, weight, scale, zero_point, bias, out, n, k, flat.stride(0), out.stride(0),
+            **flags, EVEN_K=k % tile.k == 0, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options,
+        )  # fmt: skip
+    else:
+        tile = _tile(TILES, m)
+        _launch(
+            _kernels().matmul, (_parts(m, tile.m) * _parts(n, tile.n),), flat.device,
+            flat, weight, scale, zero_point, bias, None, out, m, n, k, 0, flat.stride(0), out.stride(0),
+            **flags, GROUPED=False, EVEN_K=k % tile.k == 0,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
+        )  # fmt: skip
+    return out.view(*x.shape[:-1], n)
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, ends: Tensor
+) -> Tensor:
+    """Rows of x, sorted by expert, by each one's weight, in one launch that waits for nothing.
+
+    Args:
+        x: bfloat16 or float16 [M, K].
+        weight: int8 or float16 [experts, N, K] without gaps; scale and zero_point [experts, N, 1], or None.
+        ends: int32 [experts]: where the rows of each end, in rising order; rows after the last are left zero.
+    """
+    flat, (experts, n, k) = _rows(x), weight.shape
+    m = flat.shape[0]
+    out = torch.zeros(m, n, dtype=x.dtype, device=x.device)
+    tile = _tile(TILES, _parts(m, experts))
+    most = _parts(m, tile.m) + min(m, experts)  # each expert may leave one tile half empty
+    _launch(
+        _kernels().matmul, (most * _parts(n, tile.n),), flat.device,
+        flat, weight, scale, zero_point, None, ends, out, m, n, k, experts, flat.stride(0), out.stride(0),
+        HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None, HAS_BIAS=False, GROUPED=True,
+        EVEN_K=k % tile.k == 0, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
+    )  # fmt: skip
+    return out
+
+
+def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+    """`grad W` in grad's dtype, sums in float32: the gradient of `linear` to x."""
+    flat, (n, k) = _rows(grad), weight.shape
+    m = flat.shape[0]
+    out = torch.empty(m, k, dtype=grad.dtype, device=grad.device)
+    tile = GRADIENT_TILES[backend()]
+    _launch(
+        _kernels().gradient, (_parts(m, tile.m) * _parts(k, tile.k),), flat.device,
+        flat, weight, scale, zero_point, out, m, n, k, flat.stride(0), out.stride(0),
+        HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
+    )  # fmt: skip
+    return out.view(*grad.shape[:-1], k)
+
+
+def linear_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`x Wᵀ + b` with each token of x rounded to int8 by a scale of its own, products summed in integers."""
+    flat, (n, k) = _rows(x), weight.shape
+    m = flat.shape[0]
+    codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    steps = torch.empty(m, dtype=torch.float32, device=x.device)
+    sums = torch.empty(m, dtype=torch.int32, device=x.device)
+    kernels = _kernels()
+    _launch(kernels.round_tokens, (m,), x.device, flat, codes, steps, sums, k, flat.stride(0), BLOCK_K=1024)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    tile = _tile(INT8_TILES, m)
+    _launch(
+        kernels.matmul_int8, (_parts(m, tile.m) * _parts(n, tile.n),), x.device,
+        codes, steps, sums, weight, scale, zero_point, bias, out, m, n, k, out.stride(0),
+        HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None, EVEN_K=k % tile.k == 0,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], n)
+
+
+def expand(
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    dtype: torch.dtype,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """The float weight [N, K], or the rows of it at integer `indices` [...], in one pass."""
+    k = weight.shape[1]
+    shape = (weight.shape[0],) if indices is None else indices.shape
+    out = torch.empty(*shape, k, dtype=dtype, device=weight.device)
+    n, tile = out.numel() // k, EXPANSION_TILE
+    _launch(
+        _kernels().expand_rows, (_parts(n, tile.n), _parts(k, tile.k)), weight.device,
+        weight, scale, zero_point, None if indices is None else indices.contiguous(), out, n, k, weight.shape[0],
+        HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None, LOOK_UP=indices is not None,
+        BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options, **(CHECKED if indices is not None else {}),
+    )  # fmt: skip
+    return out
