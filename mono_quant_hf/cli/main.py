@@ -15,7 +15,7 @@ from typing import Any
 from mono_quant_hf import __version__
 from mono_quant_hf.files import remove_leftovers
 
-from . import demo, evaluate, export, inspect, push, quantize, search, verify
+from . import demo, evaluate, export, generate, inspect, push, quantize, search, verify
 from .errors import explained
 from .output import escaped_logs, progress_on_terminals_only, say
 from .parser import Parser
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_command(commands)
     evaluate.add_command(commands)
     export.add_command(commands)
+    generate.add_command(commands)
     inspect.add_command(commands)
     push.add_command(commands)
     quantize.add_command(commands)

@@ -18,7 +18,7 @@ from mono_quant_hf.cli.main import main
 from tests import tiny_models
 from tests.evaluation.conftest import make_llama, make_tokenizer
 
-COMMANDS = ["demo", "evaluate", "export", "inspect", "push", "quantize", "search", "verify"]
+COMMANDS = ["demo", "evaluate", "export", "generate", "inspect", "push", "quantize", "search", "verify"]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,7 @@ def test_every_command_is_in_the_help(capsys):
         (["inspect", "{}/int8"], "modules"),
         (["evaluate", "{}/float", "{}/int8", "--max-tokens", "64"], "kl_mean"),
         (["search", "{}/float", "--max-size", "1GB", "--max-tokens", "64"], "module_overrides"),
+        (["generate", "{}/float", "--prompt", "a", "--max-new-tokens", "4"], "answer"),
         (["verify", "{}/int8", "--float", "{}/float"], "flaws"),
         (["quantize", "{}/float", "{new}"], "bytes"),
         (["export", "{}/int8", "{new}", "--format", "compressed-tensors"], "destination"),

@@ -82,7 +82,9 @@ def test_a_float16_weight_is_no_weight_to_train():
     model = quantize_model(tiny_models.llama(layers=1), MonoQuantConfig(weights="float16"))
     expected = logits(model)
     model.requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"q_proj without a gradient.*train adapters, or dequantize\(\) the model"):
+    with pytest.raises(
+        RuntimeError, match=r"q_proj without a gradient.*train adapters, or dequantize\(\) the model"
+    ):
         model(input_ids=tiny_models.TOKENS)
     with torch.no_grad():
         assert torch.equal(logits(model), expected)
