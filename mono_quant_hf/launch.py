@@ -1,8 +1,9 @@
-"""Starts `mono-quant-hf`, and ends it quietly where Ctrl-C comes while torch and transformers are still being imported.
+"""Starts `mono-quant-hf`: Ctrl-C while torch is imported ends it quietly, a version that is refused is one line.
 
 Installed as the module `mono_quant_hf_launch` of its own, for importing a module of the package imports all that.
 """
 
+import os
 import sys
 
 INTERRUPTED = 130
@@ -15,4 +16,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("mono-quant-hf: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except ImportError as problem:  # such as a version that the package was not made for
+        if os.environ.get("MONO_QUANT_HF_TRACEBACK"):
+            raise
+        print(f"mono-quant-hf: error: {problem}", file=sys.stderr)
+        return 2
     return command()

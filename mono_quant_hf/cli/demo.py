@@ -15,8 +15,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from mono_quant_hf import MonoQuantConfig
-from mono_quant_hf.config import WEIGHT_TYPES
 from mono_quant_hf.evaluation import perplexity
 from mono_quant_hf.files import check_room, scratch_folder
 from mono_quant_hf.hub.folders import check_destination, written_beside
@@ -25,6 +23,7 @@ from mono_quant_hf.modules import QuantizedLinear
 
 from .errors import CommandError
 from .output import add_json_argument, check_output_files, prints_text, say, show
+from .settings import add_settings, settings
 from .smollm2 import NAME, smollm2_folder
 
 PROMPT = "What is the capital of France, and what is it known for?"
@@ -53,14 +52,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="quantize a real language model, and say what it costs and saves",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="storage of weights (int8)")
-    command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
     command.add_argument("--tokens", type=int, default=4096, help="length of the text for perplexity (4096)")
     command.add_argument("--prompt", default=PROMPT, help=f'what to ask the model ("{PROMPT}")')
     command.add_argument("--keep", type=Path, metavar="DIR", help="keep the quantized model in this folder")
     add_json_argument(command)
+    add_settings(command)
     command.set_defaults(run=run)
 
 
@@ -111,8 +108,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise CommandError(f"--tokens {arguments.tokens} is too few; give at least {FEWEST_TOKENS}.")
     if not arguments.prompt.strip():
         raise CommandError("--prompt is empty; give a question, or leave it out for the usual one.")
-    if arguments.symmetric and arguments.weights != "int8":
-        raise CommandError(f"--symmetric is for int8; leave it out with --weights {arguments.weights}.")
+    config = settings(arguments)
+    arguments.weights, arguments.symmetric = config.weights, config.symmetric
     if arguments.keep:
         check_destination(arguments.keep)
 
@@ -121,7 +118,7 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
     say(f"Finding {NAME} (prepared once, the first time takes longer) ...", sys.stderr)
     source, origin = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    config = MonoQuantConfig(weights=arguments.weights, symmetric=arguments.symmetric)
+    config = settings(arguments)
     check_room(folder, bytes_when_quantized(source, config, torch.float32), "The quantized model")
 
     # One model in memory at a time: each is measured and let go before the next is loaded.

@@ -9,8 +9,6 @@ from typing import Any
 
 from transformers import AutoImageProcessor
 
-from mono_quant_hf import MonoQuantConfig
-from mono_quant_hf.config import WEIGHT_TYPES
 from mono_quant_hf.evaluation import (
     classifier_logits,
     compare_classifiers,
@@ -25,6 +23,7 @@ from mono_quant_hf.texts import texts
 from .errors import CommandError
 from .models import DTYPES, architecture_of, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, show
+from .settings import add_settings, described, settings, settings_given
 from .texts import add_text_arguments, load_text
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -52,14 +51,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="perplexity, KL divergence and agreement with the float model",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("model", help="the float model: a folder or a name on the Hub")
     command.add_argument(
-        "quantized", nargs="?", help="the quantized model; left out, it is made with --weights"
+        "quantized", nargs="?", help="the quantized model; left out, the float model is quantized"
     )
-    command.add_argument("--weights", choices=WEIGHT_TYPES, help="quantize the float model like this (int8)")
-    command.add_argument("--symmetric", action="store_true", help="with --weights int8: without zero-points")
     command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (auto)")
     command.add_argument("--window", type=int, metavar="N", help="tokens in a window (at most 1024)")
     command.add_argument("--stride", type=int, metavar="N", help="tokens between windows (window / 2)")
@@ -76,6 +72,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "again (4 bytes x tokens x vocabulary)",
     )
     add_json_argument(command)
+    add_settings(command)
     add_text_arguments(command, "text", 4096)
     command.set_defaults(run=run)
 
@@ -83,11 +80,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def run(arguments: argparse.Namespace) -> int:
     """Print the figures and write the JSON."""
     check_output_files(arguments.json)
-    if arguments.quantized and (arguments.weights or arguments.symmetric):
-        raise CommandError("give a quantized model, or --weights to make one, not both.")
-    weights = arguments.weights or "int8"
-    if arguments.symmetric and weights != "int8":
-        raise CommandError(f"--symmetric is for int8; leave it out with --weights {weights}.")
+    if arguments.quantized and settings_given(arguments):
+        raise CommandError("give a quantized model, or settings to make one, not both.")
+    config = settings(arguments)
     if is_quantized(config_of(arguments.model)):
         raise CommandError(
             f"{arguments.model} is quantized; give the float model first, then the quantized one."
@@ -99,8 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         gc.collect()  # the float model goes first
         if arguments.quantized:
             return load_model(arguments.quantized, dtype=arguments.dtype)
-        settings = MonoQuantConfig(weights=weights, symmetric=arguments.symmetric)
-        return load_model(arguments.model, settings, arguments.dtype)
+        return load_model(arguments.model, config, arguments.dtype)
 
     architecture = architecture_of(arguments.model)
     try:
@@ -114,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(" ".join(str(problem).split())) from problem
     figures = {
         "model": arguments.model,
-        "quantized": arguments.quantized or f"{weights}{' symmetric' if arguments.symmetric else ''}",
+        "quantized": arguments.quantized or described(config),
         **figures,
     }
     show(arguments, _table(figures), figures)

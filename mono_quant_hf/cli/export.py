@@ -35,7 +35,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="write a quantized model for vLLM, SGLang, bitsandbytes or llama.cpp",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("source", metavar="SRC", help="folder, or name on the Hub, of a quantized model")
     command.add_argument("destination", type=Path, metavar="DST", help="new folder; for gguf a file")

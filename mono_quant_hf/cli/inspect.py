@@ -40,7 +40,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="show what quantizing did to each module, the worst first",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("model", help="a quantized model; or a float one, which is then quantized in memory")
     command.add_argument(

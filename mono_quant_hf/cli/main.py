@@ -15,9 +15,10 @@ from typing import Any
 from mono_quant_hf import __version__
 from mono_quant_hf.files import remove_leftovers
 
-from . import demo, evaluate, export, inspect, push, quantize, search, verify
+from . import demo, evaluate, export, generate, inspect, push, quantize, search, verify
 from .errors import explained
 from .output import escaped_logs, progress_on_terminals_only, say
+from .parser import Parser
 
 PROGRAM = "mono-quant-hf"
 TRACEBACK = "MONO_QUANT_HF_TRACEBACK"
@@ -29,24 +30,24 @@ examples:
   {PROGRAM} quantize ./model ./model-int8
   {PROGRAM} COMMAND --help
 
-exit codes: 0 done, 1 what was checked does not hold, 2 a mistake in the call or its files, 3 a mistake of the
-program's, 130 interrupted (Ctrl-C), 143 terminated; {TRACEBACK}=1 shows the traceback of an error.
+exit codes: 0 done, 1 what was checked does not hold, 2 a mistake in the call or its files, 3 a bug,
+130 interrupted (Ctrl-C), 143 terminated; {TRACEBACK}=1 shows the traceback of an error.
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser; each subcommand sets `run`, which takes the parsed arguments and returns the exit code."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog=PROGRAM,
         description="Per-channel INT8 and FP16 weights for Hugging Face transformers.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EPILOG,
     )
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands: Any = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_command(commands)
     evaluate.add_command(commands)
     export.add_command(commands)
+    generate.add_command(commands)
     inspect.add_command(commands)
     push.add_command(commands)
     quantize.add_command(commands)
@@ -97,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process by default.
 
     Returns:
-        the exit code: 0; 1 where what was checked does not hold; 2 for a mistake of the user's; 3 for one of the
-        program's, with a traceback; 128 and the number of the signal that ended it, so 130 for Ctrl-C; 141 when what
+        the exit code: 0; 1 where what was checked does not hold; 2 for a mistake of the user; 3 for a bug,
+        with a traceback; 128 and the number of the signal that ended it, so 130 for Ctrl-C; 141 when what
         reads the output has gone.
     """
     try:
@@ -122,6 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{PROGRAM}: error: {said}", sys.stderr)
             return 2
         say(traceback.format_exc(), sys.stderr)
-        print(f"{PROGRAM}: this is a mistake of the program's; please report it.", file=sys.stderr)
+        print(f"{PROGRAM}: this is a bug; please report it.", file=sys.stderr)
         return 3
     return code

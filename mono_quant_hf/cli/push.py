@@ -27,7 +27,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="push a quantized model to the Hub, with a model card",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("folder", type=Path, metavar="FOLDER", help="of a model that save_pretrained wrote")
     command.add_argument("repo", metavar="REPO", help="name on the Hub, such as me/model-int8")

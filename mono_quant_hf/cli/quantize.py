@@ -6,16 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mono_quant_hf import MonoQuantConfig
 from mono_quant_hf.calibration import Compensation, Sampling
 from mono_quant_hf.calibration.resume import check_resume_folder
-from mono_quant_hf.config import ACTIVATION_TYPES, WEIGHT_TYPES
 from mono_quant_hf.hub import quantize_checkpoint
 from mono_quant_hf.hub.folders import check_destination
 
 from .errors import CommandError
 from .models import DTYPES, config_of
 from .output import add_json_argument, check_output_files, show
+from .settings import add_settings, settings
 from .texts import add_text_arguments, load_text
 
 CALIBRATIONS = ("text", "self", "data-free")
@@ -32,6 +31,7 @@ channel are taken over as they are, all else is rounded a second time.
 EPILOG = """\
 examples:
   mono-quant-hf quantize ./model ./model-int8
+  mono-quant-hf quantize ./model ./model-int8 --embeddings --override '*.down_proj=float16'
   mono-quant-hf quantize model.gguf ./model-int8 --symmetric
   mono-quant-hf quantize ./model ./model-int8 --calibration text --text-file book.txt
   mono-quant-hf quantize ./model ./model-int8 --calibration self --resume ./kept
@@ -45,22 +45,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="quantize a float model and save it, with calibration if asked",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("model", help="a folder, a name on the Hub, or a GGUF file")
     command.add_argument("output", type=Path, help="folder for the quantized model; new, or empty")
     command.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
-    command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="storage of weights (int8)")
-    command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
-    command.add_argument(
-        "--activations", choices=ACTIVATION_TYPES, help="round what goes into products too, as the model runs"
-    )
-    command.add_argument(
-        "--skip",
-        action="append",
-        metavar="NAME",
-        help="a module to leave in float; may be given several times",
-    )
     command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the rest (auto)")
     command.add_argument("--calibration", choices=CALIBRATIONS, help="choose codes by what the layers do")
     command.add_argument("--samples", type=int, default=128, metavar="N", help="rows of text (128)")
@@ -70,13 +58,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         type=float,
         default=Compensation().damping,
         metavar="X",
-        help="mistrust of the text, 0 to 1: less fits it more closely, more is safer on another kind (%(default)s)",
+        help="0 to 1: lower fits the calibration text more closely, higher is safer on other text (%(default)s)",
     )
     command.add_argument("--seed", type=int, default=0, help="of the text that the model writes (0)")
     command.add_argument(
         "--resume", type=Path, metavar="DIR", help="keep finished layers here, and go on from them"
     )
     add_json_argument(command)
+    add_settings(command)
     add_text_arguments(command, "text for --calibration text", None)
     command.set_defaults(run=run)
 
@@ -88,21 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_destination(output, arguments.overwrite, arguments.model)
     if not arguments.model.endswith(".gguf"):
         config_of(arguments.model)
-    if arguments.weights != "int8" and (
-        arguments.symmetric or arguments.activations or arguments.calibration
-    ):
-        raise CommandError(
-            "--symmetric, --activations and --calibration are for int8, "
-            f"not for --weights {arguments.weights}."
-        )
+    config = settings(arguments)
+    if arguments.calibration and config.weights != "int8":
+        raise CommandError(f"--calibration is for int8; leave it out with --weights {config.weights}.")
     if arguments.calibration != "text" and (arguments.text_file or arguments.dataset):
         raise CommandError("a text is for --calibration text; add that, or leave the text out.")
-    config = MonoQuantConfig(
-        weights=arguments.weights,
-        symmetric=arguments.symmetric,
-        activations=arguments.activations,
-        modules_to_not_convert=arguments.skip,
-    )
     how = quantize_checkpoint(
         arguments.model,
         output,

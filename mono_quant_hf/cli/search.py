@@ -31,7 +31,7 @@ examples:
   mono-quant-hf search ./model --max-size 200MB
   mono-quant-hf search ./model --max-kl 0.001 --save ./model-mixed --png frontier.png
 """
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,7 +41,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="choose int8, float16 or float for each module, for a budget",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("model", help="a float language model: a folder or a name on the Hub")
     budget = command.add_mutually_exclusive_group(required=True)
@@ -71,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     if is_quantized(config_of(arguments.model)):
         raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
     config = MonoQuantConfig(symmetric=arguments.symmetric)
+    if arguments.max_size:
+        _check_size(arguments, local_folder(arguments.model))
     with written_beside(arguments.save) if arguments.save else nullcontext() as new:
         if new is not None:
             source = local_folder(arguments.model)
@@ -114,8 +115,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_size(arguments: argparse.Namespace, source: Path) -> None:
+    """Refuse, before the work and not after it, a size below that of all in int8, embeddings included."""
+    smallest = bytes_when_quantized(
+        source, MonoQuantConfig(quantize_embeddings=True), DTYPES.get(arguments.dtype)
+    )
+    if arguments.max_size < smallest:
+        raise CommandError(
+            f"--max-size {arguments.max_size / 1e6:,.2f}MB is less than all of {arguments.model} takes in int8 "
+            f"({smallest / 1e6:,.2f} MB); give more."
+        )
+
+
 def _bytes(value: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
     if not match or match[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{value!r} is no size; write it as 150MB, 1.5GB or 120MiB")
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not a size with a unit; write it as 150MB, 1.5GB or 120MiB"
+        )
     return round(float(match[1]) * _UNITS[match[2]])

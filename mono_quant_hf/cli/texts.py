@@ -18,7 +18,7 @@ def add_text_arguments(command: argparse.ArgumentParser, purpose: str, tokens: i
     text.add_argument(
         "--data-files", nargs="+", metavar="FILE", help="the files of --dataset json, text, ..."
     )
-    text.add_argument("--dataset-config", "--config", metavar="NAME", help="configuration of the dataset")
+    text.add_argument("--dataset-config", metavar="NAME", help="configuration of the dataset")
     text.add_argument("--split", default="test", help="split of the dataset (test)")
     text.add_argument("--column", default="text", help="its column of text (text)")
     text.add_argument("--streaming", action="store_true", help="stream the dataset instead of downloading it")

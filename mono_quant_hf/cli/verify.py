@@ -13,14 +13,14 @@ FLAWS = 10
 
 DESCRIPTION = """\
 Check the files of a quantized model against its config.json: every file, name, dtype and shape, scales finite and
-positive, zero-points where they belong, every checksum, the index of shards. With --source, also each weight against
+positive, zero-points where they belong, every checksum, the index of shards. With --float, also each weight against
 the float model: half a step of the grid at most, where codes are the nearest; calibrated codes may differ, and are
 told. The model is not loaded. Exit code 1 if anything is wrong, each named with its file and tensor.
 """
 EPILOG = """\
 examples:
   mono-quant-hf verify ./model-int8
-  mono-quant-hf verify me/model-int8 --source org/model --json
+  mono-quant-hf verify me/model-int8 --float org/model --json
 """
 
 
@@ -31,17 +31,18 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="check a quantized checkpoint, also against its float model",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("checkpoint", help="folder, or name on the Hub, of a quantized model")
-    command.add_argument("--source", metavar="MODEL", help="the float model that it was made from")
+    command.add_argument(
+        "--float", dest="float_model", metavar="MODEL", help="the float model that it was made from"
+    )
     command.add_argument("--revision", metavar="REV", help="of a checkpoint on the Hub")
     command.add_argument(
         "--top",
         type=int,
         default=5,
         metavar="N",
-        help="weights to list with --source; 0 for all, also of what is wrong (5)",
+        help="weights to list with --float; 0 for all, also of what is wrong (5)",
     )
     add_json_argument(command)
     command.set_defaults(run=run)
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, and say what was found; 1 where something is wrong."""
     check_output_files(arguments.json)
     found = verify_checkpoint(
-        arguments.checkpoint, arguments.source, revision=arguments.revision, progress=sys.stderr.isatty()
+        arguments.checkpoint, arguments.float_model, revision=arguments.revision, progress=sys.stderr.isatty()
     )
     show(arguments, _text(found, arguments.top), found.to_dict())
     return 0 if found.ok else 1

@@ -18,7 +18,7 @@ from mono_quant_hf.cli.main import main
 from tests import tiny_models
 from tests.evaluation.conftest import make_llama, make_tokenizer
 
-COMMANDS = ["demo", "evaluate", "export", "inspect", "push", "quantize", "search", "verify"]
+COMMANDS = ["demo", "evaluate", "export", "generate", "inspect", "push", "quantize", "search", "verify"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,45 @@ def test_help_shows_examples_and_json(command, capsys):
     assert f"\n  mono-quant-hf {command}" in said.partition("examples:")[2]
 
 
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_wraps_at_the_width_of_the_terminal(command, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    prose = (
+        capsys.readouterr()
+        .out.partition("\n\n")[2]
+        .partition("\n\npositional")[0]
+        .partition("\n\noptions")[0]
+    )
+    assert max(map(len, prose.splitlines())) in range(width - 20, width)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "a", "b", "--symetric"], "unknown option --symetric; did you mean --symmetric?"),
+        (["verify", "a", "--flaot=b"], "unknown option --flaot=b; did you mean --float?"),
+        (["inspect", "a", "b"], "unexpected argument 'b'"),
+        (["search", "a", "--max-size", "150"], "'150' is not a size with a unit"),
+    ],
+)
+def test_a_wrong_option_shows_the_usage_of_its_command(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and error.startswith(f"usage: mono-quant-hf {arguments[0]} ") and said in error
+    )
+
+
+def test_a_size_that_nothing_fits_is_refused_at_once(folder, monkeypatch, capsys):
+    monkeypatch.setattr(search, "load_model", lambda *_, **__: pytest.fail("begun"))
+    assert main(["search", str(folder / "float"), "--max-size", "1kB"]) == 2
+    assert "--max-size 0.00MB is less than" in capsys.readouterr().err
+
+
 def test_every_command_is_in_the_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -52,7 +91,8 @@ def test_every_command_is_in_the_help(capsys):
         (["inspect", "{}/int8"], "modules"),
         (["evaluate", "{}/float", "{}/int8", "--max-tokens", "64"], "kl_mean"),
         (["search", "{}/float", "--max-size", "1GB", "--max-tokens", "64"], "module_overrides"),
-        (["verify", "{}/int8", "--source", "{}/float"], "flaws"),
+        (["generate", "{}/float", "--prompt", "a", "--max-new-tokens", "4"], "answer"),
+        (["verify", "{}/int8", "--float", "{}/float"], "flaws"),
         (["quantize", "{}/float", "{new}"], "bytes"),
         (["export", "{}/int8", "{new}", "--format", "compressed-tensors"], "destination"),
     ],
@@ -77,7 +117,7 @@ def test_verify_exits_with_1_and_names_what_is_wrong(folder, tmp_path, capsys):
     tiny_models.llama(layers=1).save_pretrained(tmp_path / "other")
     assert main(["verify", str(tmp_path / "int8")]) == 0
     assert "Nothing is wrong." in capsys.readouterr().out
-    assert main(["verify", str(tmp_path / "int8"), "--source", str(tmp_path / "other")]) == 1
+    assert main(["verify", str(tmp_path / "int8"), "--float", str(tmp_path / "other")]) == 1
     said = capsys.readouterr().out
     assert "WRONG: model.layers.1.mlp.down_proj.weight_int8 is not in" in said
 
@@ -163,7 +203,7 @@ def test_verify_lists_a_part_of_many_flaws(folder, tmp_path, capsys):
     LlamaForCausalLM(make_llama().config).save_pretrained(tmp_path / "other")
     listed = []
     for options in ([], ["--top", "12"], ["--top", "0"]):
-        assert main(["verify", str(folder / "int8"), "--source", str(tmp_path / "other"), *options]) == 1
+        assert main(["verify", str(folder / "int8"), "--float", str(tmp_path / "other"), *options]) == 1
         said = capsys.readouterr().out
         listed.append(said.count("WRONG"))
         assert ("more (--top 0 shows all)" in said) == (options != ["--top", "0"])

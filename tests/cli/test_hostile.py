@@ -24,7 +24,7 @@ COMMANDS = {
     "inspect a float model": ["inspect", "{float}"],
     "inspect --float": ["inspect", "{sound}/int8", "--float", "{float}"],
     "verify": ["verify", "{int8}"],
-    "verify --source": ["verify", "{sound}/int8", "--source", "{float}"],
+    "verify --float": ["verify", "{sound}/int8", "--float", "{float}"],
     "evaluate": ["evaluate", "{float}", "{int8}", "--max-tokens", "32"],
     "search": ["search", "{float}", "--max-size", "1GB", "--max-tokens", "32", "--save", "{new}"],
     "quantize": ["quantize", "{float}", "{new}"],
@@ -154,7 +154,7 @@ ALL = frozenset(COMMANDS)
 INT8 = frozenset(["inspect", "verify", "evaluate", "export", "export to GGUF", "push"])
 OURS_AND_COMPRESSED = INT8 | {"quantize compressed-tensors"}
 COMPRESSED = frozenset(["quantize compressed-tensors"])
-NOT_PARSED = frozenset(["inspect --float", "verify --source"])
+NOT_PARSED = frozenset(["inspect --float", "verify --float"])
 """What of the float model they read is its weights alone."""
 TEXT = frozenset(["evaluate", "search"])
 MODEL = ALL - {"inspect --float"}

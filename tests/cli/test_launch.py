@@ -41,3 +41,13 @@ def test_it_runs_the_command():
     process = start("verify", "./no-such-folder")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2 and "no-such-folder" in said and "Traceback" not in said
+
+
+def test_a_version_that_is_refused_is_one_line(tmp_path):
+    package = tmp_path / "mono_quant_hf"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('torch 1.0 is too old')\n")
+    run = f"sys.exit(runpy.run_path({str(LAUNCH)!r})['main']())"
+    code = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); {run}"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "mono-quant-hf: error: torch 1.0 is too old\n")

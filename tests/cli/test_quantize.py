@@ -200,3 +200,35 @@ def test_every_source_can_be_calibrated_but_codes_that_are_taken_over(folder, ca
     assert main(["export", str(folder / "int8"), str(folder / "ct"), "--format", "compressed-tensors"]) == 0
     assert main(["quantize", str(folder / "ct"), str(folder / "taken"), *options]) == 2
     assert "leave the settings out" in capsys.readouterr().err
+
+
+def test_the_options_say_all_that_the_config_can(folder, tmp_path, capsys):
+    options = [
+        "--embeddings",
+        "--symmetric",
+        "--override",
+        "*.down_proj=float16",
+        "--override",
+        "*.up_proj=int8",
+    ]
+    assert main(["quantize", str(folder / "float"), str(folder / "one"), *options, "--skip", "q_proj"]) == 0
+    saved = json.loads((folder / "one" / "config.json").read_text())["quantization_config"]
+    assert (
+        saved["quantize_embeddings"] and saved["symmetric"] and saved["modules_to_not_convert"] == ["q_proj"]
+    )
+    assert saved["module_overrides"] == {
+        "*.down_proj": {"weights": "float16"},
+        "*.up_proj": {"weights": "int8"},
+    }
+    again = ["--config", str(folder / "one" / "config.json"), "--skip", "k_proj"]
+    assert main(["quantize", str(folder / "float"), str(folder / "two"), *again]) == 0
+    other = json.loads((folder / "two" / "config.json").read_text())["quantization_config"]
+    assert other["modules_to_not_convert"] == ["k_proj"]
+    assert other["module_overrides"] == saved["module_overrides"] and other["quantize_embeddings"]
+    (tmp_path / "wrong.json").write_text('{"symetric": true}')
+    wrong = ["--config", str(tmp_path / "wrong.json")]
+    assert main(["quantize", str(folder / "float"), str(folder / "three"), *wrong]) == 2
+    assert "symetric" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["quantize", "a", "b", "--override", "down_proj"])
+    assert "expected PATTERN=HOW" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from torch import nn
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.cli.main import main
 from mono_quant_hf.evaluation import search_overrides
+from mono_quant_hf.hub.importing import bytes_when_quantized
 from tests import tiny_models
 from tests.evaluation.conftest import TEXT, make_llama, make_tokenizer
 
@@ -101,6 +102,9 @@ def test_the_command(tmp_path, capsys):
     assert "module_overrides" in capsys.readouterr().out and found["kl"] <= 2e-5
     config = json.loads((tmp_path / "mixed" / "config.json").read_text())
     assert config["quantization_config"]["module_overrides"] == found["module_overrides"]
-    assert main([*command, "--max-size", "1kB"]) == 1
+    least = bytes_when_quantized(
+        tmp_path / "float", MonoQuantConfig(quantize_embeddings=True), torch.float32
+    )  # of the codes; the scales do not fit beside them
+    assert main([*command, "--max-size", f"{least}B"]) == 1
     with pytest.raises(SystemExit):
         main([*command, "--max-size", "much"])
