@@ -1,8 +1,8 @@
 """Run the tests with the oldest torch, transformers and accelerate that are declared, those that vLLM
 takes, and the newest.
 
-Each has a virtual environment of its own, made by `make test`: .venv-oldest, .venv-serving and .venv-newest. Where no CPU
-build of PyTorch can be had, each takes some 7 GB.
+Each has a virtual environment of its own, made by `make test`: .venv-oldest, .venv-serving and .venv-newest. Where no
+CPU build of PyTorch can be had, each takes some 7 GB.
 
 Usage: python .ci/test_versions.py [oldest|serving|newest] [arguments of pytest]
 """

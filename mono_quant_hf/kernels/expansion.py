@@ -46,6 +46,11 @@ def look_up(
 
     Args:
         weight: int8 or float16 [rows, dim]; scale float32 and zero_point int8 [rows, 1] or [1, dim], or None.
+
+    Example:
+        >>> codes = torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
+        >>> look_up(torch.tensor([1]), codes, torch.tensor([[1.0], [0.5]]), None, torch.float32)
+        tensor([[1.5000, 2.0000]])
     """
     if (
         scale is not None

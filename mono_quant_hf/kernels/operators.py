@@ -162,6 +162,11 @@ def grouped_linear(
         x: [M, K].
         weight: int8 or float16 [experts, N, K]; scale float32 and zero_point int8 [experts, N, 1], or None.
         ends: integer [experts]: where the rows of each expert end, in rising order.
+
+    Example:
+        >>> codes, ends = torch.ones(2, 4, 8, dtype=torch.int8), torch.tensor([1, 3], dtype=torch.int32)
+        >>> grouped_linear(torch.ones(3, 8), codes, torch.ones(2, 4, 1), None, ends) is None  # on a CPU
+        True
     """
     tokens = x.shape[0] // max(len(ends), 1)
     per_row = scale is None or scale.shape[1] == weight.shape[1]
