@@ -36,7 +36,7 @@ class Tile:
 
 
 TILES: dict[str, list[tuple[int, Tile]]] = {
-    "cuda": [(16, Tile(16, 64, 128, 4, 4)), (32, Tile(32, 64, 64, 4, 4)), (128, Tile(64, 128, 64, 4, 3))],
+    "cuda": [(16, Tile(16, 64, 128, 4, 4)), (32, Tile(32, 64, 128, 8, 3)), (128, Tile(64, 128, 64, 4, 3))],
     "hip": [(16, Tile(16, 64, 128, 4, 2)), (32, Tile(32, 64, 128, 4, 2)), (128, Tile(64, 64, 64, 4, 2))],
 }
 """By backend: up to so many tokens, such a tile; the last for all above. `xpu` is cut up as `cuda`."""
