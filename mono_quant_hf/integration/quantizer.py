@@ -605,3 +605,4 @@ def _freeze(model: PreTrainedModel) -> None:
         if isinstance(module, QuantizedModule):
             for name in module.storage_names():
                 module.get_parameter(name).requires_grad_(False)
+            module.note_versions()

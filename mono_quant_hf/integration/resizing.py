@@ -86,5 +86,6 @@ def _quantize_again(module: nn.Module, name: str, before: QuantizedModule) -> No
         rows = min(len(new), len(kept))
         with torch.no_grad():
             new[:rows] = kept[:rows]
+    table.note_versions()
     if DTYPE_NAME in before._parameters:
         table.say_dtype()

@@ -224,6 +224,7 @@ class QuantizedModule(nn.Module):
         module.__class__ = type(self)
         assert isinstance(module, type(self))
         module.quantization = self.quantization
+        module.note_versions()
         return module
 
     def say_dtype(self) -> None:
@@ -237,6 +238,7 @@ class QuantizedModule(nn.Module):
         """Store what `quantized_tensors` gave, by parameter name."""
         for key, tensor in tensors.items():
             self._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+        self.__dict__.pop("_versions", None)
 
     def quantized_tensors(self, weight_name: str, weight: Tensor) -> dict[str, Tensor]:
         """The tensors that stand for a float weight of this module, by parameter name.
@@ -278,11 +280,45 @@ class QuantizedModule(nn.Module):
                 )
             return weight, None, None
         codes, scale = getattr(self, f"{weight_name}_int8"), getattr(self, f"{weight_name}_scale")
+        if not torch.compiler.is_compiling():
+            self._check_unwritten(weight_name, codes)
         return (
             codes,
             scale,
             None if self.quantization.symmetric else getattr(self, f"{weight_name}_zero_point"),
         )
+
+    def _check_unwritten(self, weight_name: str, codes: Tensor) -> None:
+        """Refuse codes that were changed in place since they were put here, as by a loop that averages parameters.
+
+        torch counts such changes of a tensor, but not those through its `.data`. Between processes they are no fault:
+        a parameter is broadcast in place.
+        """
+        if type(codes) is not nn.Parameter or codes.is_inference():
+            return
+        seen = self.__dict__.setdefault("_versions", {})
+        where, version = seen.get(weight_name, (0, 0))
+        if where != id(codes) or codes._version < version:
+            seen[weight_name] = id(codes), codes._version
+        elif codes._version > version and not (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        ):
+            raise RuntimeError(
+                f"Expected the int8 codes of {self.quantization.module_name or type(self).__name__} as they were "
+                "quantized or loaded, got codes that were changed in place since; average or change the float model "
+                "and quantize the result, or use load_state_dict."
+            )
+
+    def note_versions(self) -> None:
+        """Take the codes as they are now for what was quantized or loaded, see `_check_unwritten`."""
+        self.__dict__.pop("_versions", None)
+        if self.quantization.weights == "int8":
+            for name in self.weight_axes:
+                self.stored(name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.note_versions()  # a copy may be changed before it is used
 
     def dequantized(self, weight_name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in `dtype`."""
@@ -310,6 +346,7 @@ class QuantizedModule(nn.Module):
         module._parameters = parameters
         module.__class__ = self.quantization.float_class
         del module.quantization
+        vars(module).pop("_versions", None)
         return module
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -400,6 +437,7 @@ class QuantizedModule(nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+            self.note_versions()
 
     def extra_repr(self) -> str:
         how = self.quantization.weights
@@ -516,6 +554,7 @@ def twin_of(module: nn.Module) -> Any:
     """A shallow copy of a module: shared tensors, containers of its own."""
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("_versions", None)
     for name, value in module.__dict__.items():
         if name in _CONTAINERS or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             twin.__dict__[name] = value.copy()

@@ -1,6 +1,7 @@
 """What would change codes as if they were weights is right, or one clear sentence."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -90,3 +91,47 @@ def test_a_float16_weight_is_no_weight_to_train():
         assert torch.equal(logits(model), expected)
     model.requires_grad_(False)
     model(input_ids=tiny_models.TOKENS)
+
+
+LOOPS = {
+    "copy_": lambda p, q: p.copy_(0.9 * p + 0.1 * q),
+    "lerp": lambda p, q: p.copy_(torch.lerp(p.float(), q.float(), 0.1)),
+    "decay": lambda p, q: p.copy_(0.99 * p),
+    "mul_": lambda p, q: p.mul_(2),
+    "detach": lambda p, q: p.detach().add_(1),
+}
+
+
+@pytest.mark.parametrize("change", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("way", ["a copy", "in memory", "loaded", "used"])
+def test_a_loop_over_parameters_changes_no_codes_in_silence(change, way, tmp_path):
+    model = quantize_model(tiny_models.llama(layers=1))
+    average = copy.deepcopy(model) if way == "a copy" else model
+    if way == "loaded":
+        model.save_pretrained(tmp_path)
+        average = type(model).from_pretrained(tmp_path)
+    if way == "used":
+        logits(average)
+    with torch.no_grad():
+        for p, q in zip(average.parameters(), copy.deepcopy(model).parameters(), strict=True):
+            change(p, q)
+    with pytest.raises(
+        RuntimeError, match="got codes that were changed in place since; average or change the float"
+    ):
+        logits(average)
+
+
+def test_what_changes_codes_by_right_is_let_through(tmp_path):
+    model = quantize_model(tiny_models.llama(layers=1))
+    expected = logits(model)
+    state = copy.deepcopy(model.state_dict())
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for assign in (False, True):
+            other.load_state_dict(state, assign=assign)
+            assert torch.equal(logits(other), expected)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False)), expected)
+    with torch.inference_mode():
+        assert torch.equal(logits(copy.deepcopy(model)), expected)
+    assert torch.equal(logits(model.share_memory()), expected)
+    assert torch.equal(logits(model.to("cpu")), expected)
