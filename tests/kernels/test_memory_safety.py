@@ -259,6 +259,9 @@ INTERRUPTED = """
         raise SystemExit("not interrupted")
     except KeyboardInterrupt:
         assert gc.isenabled()
+    # Again from this thread: an exception that a signal raises may fall between taking a lock of Numba's and the block
+    # that gives it back, and other threads would wait for it.
+    products()
 """
 
 
