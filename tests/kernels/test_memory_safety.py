@@ -253,11 +253,12 @@ INTERRUPTED = """
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.3)  # again, as what is raised in a callback of LLVM's is lost
     try:
         products()
         raise SystemExit("not interrupted")
     except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         assert gc.isenabled()
     # Again from this thread: an exception that a signal raises may fall between taking a lock of Numba's and the block
     # that gives it back, and other threads would wait for it.
