@@ -26,16 +26,10 @@ def expand(
         )
     if is_plain(weight, scale, zero_point):
         check_memory(weight=weight, scale=scale, zero_point=zero_point)
-        if (
-            dtype == torch.float32
-            and scale is not None
-            and _codes_per_row(weight, scale, zero_point)
-            and cpu.load() is not None
-        ):
+        if scale is not None and dtype == torch.float32 and _by_cpu_kernel(weight, scale, zero_point):
             return cpu.expand(weight, scale, zero_point, torch.empty_like(weight, dtype=torch.float32))
-        if scale is not None and _takes_triton(weight, scale, dtype):
-            flat = weight.reshape(scale.numel(), -1)
-            return gpu.expand(flat, scale, zero_point, dtype).view(weight.shape)
+        if _by_gpu_kernel(weight, scale, zero_point, dtype):
+            return gpu.expand(weight.flatten(1), scale, zero_point, dtype).view(weight.shape)
     return portable.expand(weight, scale, zero_point, dtype)
 
 
@@ -52,13 +46,9 @@ def look_up(
         >>> look_up(torch.tensor([1]), codes, torch.tensor([[1.0], [0.5]]), None, torch.float32)
         tensor([[1.5000, 2.0000]])
     """
-    if (
-        scale is not None
-        and len(scale) == len(weight)
-        and indices.numel()
-        and is_plain(indices, weight, scale, zero_point)
-        and _takes_triton(weight, scale, dtype)
-    ):
+    plain = is_plain(indices, weight, scale, zero_point)
+    if plain and indices.numel() and _by_gpu_kernel(weight, scale, zero_point, dtype):
+        check_memory(weight=weight, scale=scale, zero_point=zero_point)
         return gpu.expand(weight, scale, zero_point, dtype, indices)
 
     def rows(table: Tensor | None) -> Tensor | None:
@@ -71,11 +61,7 @@ def expand_into(out: Tensor, weight: Tensor, scale: Tensor | None, zero_point: T
     """The same into `out`, float32 and without gaps."""
     if scale is None:
         return out.copy_(weight)
-    if (
-        is_plain(weight, scale, zero_point)
-        and _codes_per_row(weight, scale, zero_point)
-        and cpu.load() is not None
-    ):
+    if is_plain(weight, scale, zero_point) and _by_cpu_kernel(weight, scale, zero_point):
         return cpu.expand(weight, scale, zero_point, out)
     out.copy_(weight)
     if zero_point is not None:
@@ -83,15 +69,18 @@ def expand_into(out: Tensor, weight: Tensor, scale: Tensor | None, zero_point: T
     return out.mul_(scale)
 
 
-def _takes_triton(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
-    """On a device with Triton, and a scale for each of the leading indices of the weight."""
-    leading = [size for size in scale.shape if size > 1]
+def _by_cpu_kernel(weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> bool:
+    return weight.is_cpu and _codes_per_row(weight, scale, zero_point) and cpu.load() is not None
+
+
+def _by_gpu_kernel(
+    weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: torch.dtype
+) -> bool:
     return (
         not weight.is_cpu
         and dtype != torch.float64
-        and weight.numel() > 0
-        and weight.is_contiguous()
-        and list(weight.shape[: len(leading)]) == leading
+        and weight.dim() > 1
+        and _codes_per_row(weight, scale, zero_point)
         and not gpu.why_missing(weight.device)
     )
 
@@ -101,14 +90,15 @@ def _broadcasts(tensor: Tensor, weight: Tensor) -> bool:
     return tensor.dim() <= weight.dim() and all(size in (1, whole) for size, whole in sizes)
 
 
-def _codes_per_row(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
+def _codes_per_row(weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> bool:
+    """Whether these are codes with one scale for each first index, all on one device and without gaps."""
     rows = weight.shape[0] if weight.dim() else 0
     return (
-        weight.dtype is torch.int8
-        and weight.is_cpu
+        scale is not None
+        and weight.dtype is torch.int8
         and weight.numel() > 0
         and weight.is_contiguous()
-        and scale.is_cpu
+        and scale.device == weight.device
         and scale.dtype is torch.float32
         and scale.is_contiguous()
         and scale.dim() == weight.dim() > 0
@@ -116,7 +106,7 @@ def _codes_per_row(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> 
         and (
             zero_point is None
             or (
-                zero_point.is_cpu
+                zero_point.device == weight.device
                 and zero_point.dtype is torch.int8
                 and zero_point.is_contiguous()
                 and zero_point.shape == scale.shape

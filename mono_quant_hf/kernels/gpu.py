@@ -53,10 +53,14 @@ CHECKED = {"debug": True, "sanitize_overflow": False}
 """Options with which an index past the table stops the program, as torch's own look-up does."""
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # not of the cached function itself, into which a compiler would look
 def why_missing(device: torch.device) -> str:
     """Why a device has no Triton kernels; empty where it has them."""
+    return _why_missing(device)
+
+
+@lru_cache(maxsize=64)
+def _why_missing(device: torch.device) -> str:
     if device.type not in ("cuda", "xpu"):
         return f"the device is {device.type}"
     if find_spec("triton") is None:
@@ -98,9 +102,16 @@ def _rows(x: Tensor) -> Tensor:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever device its tensors are on."""
-    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-        return torch.cuda.device(device)
-    return nullcontext()
+    kind: Any = torch.get_device_module(device)
+    if device.index is None or device.index == kind.current_device():
+        return nullcontext()
+    current: AbstractContextManager[object] = kind.device(device)
+    return current
+
+
+def _dense(*columns: Tensor | None) -> list[Tensor | None]:
+    """Scale, zero-point and bias without gaps, as the kernels read them."""
+    return [None if column is None else column.contiguous() for column in columns]
 
 
 def _launch(
@@ -120,6 +131,7 @@ def linear(
         weight: int8 or float16 [N, K] without gaps; scale float32 and zero_point int8 [N, 1], or None.
         bias: [N] floating, or None.
     """
+    scale, zero_point, bias = _dense(scale, zero_point, bias)
     flat, (n, k) = _rows(x), weight.shape
     m = flat.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -156,6 +168,7 @@ def grouped_linear(
         weight: int8 or float16 [experts, N, K] without gaps; scale and zero_point [experts, N, 1], or None.
         ends: int32 [experts]: where the rows of each end, in rising order; rows after the last are left zero.
     """
+    scale, zero_point = _dense(scale, zero_point)
     flat, (experts, n, k) = _rows(x), weight.shape
     m = flat.shape[0]
     out = torch.zeros(m, n, dtype=x.dtype, device=x.device)
@@ -163,7 +176,7 @@ def grouped_linear(
     most = _parts(m, tile.m) + min(m, experts)  # each expert may leave one tile half empty
     _launch(
         _kernels().matmul, (most * _parts(n, tile.n),), flat.device,
-        flat, weight, scale, zero_point, None, ends, out, m, n, k, experts, flat.stride(0), out.stride(0),
+        flat, weight, scale, zero_point, None, ends.contiguous(), out, m, n, k, experts, flat.stride(0), out.stride(0),
         HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None, HAS_BIAS=False, GROUPED=True,
         EVEN_K=k % tile.k == 0, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
     )  # fmt: skip
@@ -172,6 +185,7 @@ def grouped_linear(
 
 def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
     """`grad W` in grad's dtype, sums in float32: the gradient of `linear` to x."""
+    scale, zero_point = _dense(scale, zero_point)
     flat, (n, k) = _rows(grad), weight.shape
     m = flat.shape[0]
     out = torch.empty(m, k, dtype=grad.dtype, device=grad.device)
@@ -189,6 +203,7 @@ def linear_int8(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """`x Wᵀ + b` with each token of x rounded to int8 by a scale of its own, products summed in integers."""
+    columns = _dense(scale, zero_point, bias)
     flat, (n, k) = _rows(x), weight.shape
     m = flat.shape[0]
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
@@ -200,7 +215,7 @@ def linear_int8(
     tile = _tile(INT8_TILES, m)
     _launch(
         kernels.matmul_int8, (_parts(m, tile.m) * _parts(n, tile.n),), x.device,
-        codes, steps, sums, weight, scale, zero_point, bias, out, m, n, k, out.stride(0),
+        codes, steps, sums, weight, *columns, out, m, n, k, out.stride(0),
         HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None, EVEN_K=k % tile.k == 0,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
     )  # fmt: skip
@@ -215,13 +230,14 @@ def expand(
     indices: Tensor | None = None,
 ) -> Tensor:
     """The float weight [N, K], or the rows of it at integer `indices` [...], in one pass."""
+    scale, zero_point, indices = _dense(scale, zero_point, indices)
     k = weight.shape[1]
     shape = (weight.shape[0],) if indices is None else indices.shape
     out = torch.empty(*shape, k, dtype=dtype, device=weight.device)
     n, tile = out.numel() // k, EXPANSION_TILE
     _launch(
         _kernels().expand_rows, (_parts(n, tile.n), _parts(k, tile.k)), weight.device,
-        weight, scale, zero_point, None if indices is None else indices.contiguous(), out, n, k, weight.shape[0],
+        weight, scale, zero_point, indices, out, n, k, weight.shape[0],
         HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None, LOOK_UP=indices is not None,
         BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options, **(CHECKED if indices is not None else {}),
     )  # fmt: skip

@@ -257,7 +257,7 @@ def _grouped_mm(func: Any, input: Any, weight: Any, offs: Any = None, *rest: Any
     """Rows of the input, sorted by expert, by each one's weight: `offs` are the ends of the experts' rows."""
     if isinstance(input, FloatView) or input.dim() != 2 or weight.dim() != 3 or offs is None:
         return NotImplemented
-    if isinstance(weight, FloatView):
+    if isinstance(weight, FloatView) and weight.activations is None:
         product = kernels.grouped_linear(input, *weight._each(lambda tensor: tensor.mT), offs)
         if product is not None:
             return product

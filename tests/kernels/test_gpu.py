@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -113,3 +114,29 @@ def test_a_device_without_kernels_says_why():
     codes = torch.ones(4, 8, dtype=torch.int8, device="meta")
     with use_kernel("triton"):
         assert choose(torch.ones(1, 8, device="meta"), codes).reason == "the device is meta"
+
+
+def test_only_a_scale_for_each_row_goes_to_the_kernel_that_expands(monkeypatch):
+    """A square weight with a scale for each column has as many scales as rows."""
+    monkeypatch.setattr(gpu, "why_missing", lambda device: "")
+    monkeypatch.setattr(
+        gpu, "expand", lambda weight, scale, *rest: seen.append(scale.shape) or weight.float()
+    )
+    codes = torch.ones(8, 8, dtype=torch.int8, device="meta")
+    seen = []
+    for shape in ((1, 8), (1, 1), (8, 8), (8, 1)):
+        expand(codes, torch.ones(shape, device="meta"))
+    expand(codes, torch.ones(8, 1, device="meta"), torch.ones(1, 1, dtype=torch.int8, device="meta"))
+    expand(codes, torch.ones(8, 2, device="meta")[:, :1])
+    assert seen == [(8, 1)]
+
+
+def test_a_compiler_takes_the_choice_of_device_for_a_constant():
+    def doubled(x):
+        return x * 2 if gpu.why_missing(x.device) else x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(
+            torch.compile(doubled, fullgraph=True, backend="eager")(torch.ones(2)), torch.full((2,), 2.0)
+        )

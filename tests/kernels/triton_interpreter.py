@@ -162,6 +162,30 @@ def check_float16_range() -> None:
     )
 
 
+def check_gaps(dtype: torch.dtype) -> None:
+    """Scales, zero-points and biases that lie apart in memory."""
+
+    def apart(column: Tensor | None) -> Tensor | None:
+        return None if column is None else torch.stack((column, torch.full_like(column, 99)), -1)[..., 0]
+
+    stored, scale, zero_point, _ = weight("asymmetric", 48, 200)
+    few, many, grad, bias = (torch.randn(*size).to(dtype) for size in ((2, 200), (9, 200), (9, 48), (48,)))
+    for product, x in ((gpu.linear, few), (gpu.linear, many), (gpu.linear_int8, many)):
+        got = product(x, stored, apart(scale), apart(zero_point), apart(bias))
+        assert torch.equal(got, product(x, stored, scale, zero_point, bias)), product
+    columns = (scale, zero_point)
+    assert torch.equal(gpu.backward(grad, stored, *columns), gpu.backward(grad, stored, *map(apart, columns)))
+    chosen, ends = apart(torch.tensor([5, 0, 5])), torch.tensor([4, 9])
+    for indices in (None, chosen):
+        got = gpu.expand(stored, *map(apart, columns), dtype, indices)
+        assert torch.equal(
+            got, gpu.expand(stored, *columns, dtype, None if indices is None else indices.contiguous())
+        )
+    stored, scale, zero_point, _ = weight("asymmetric", 2, 48, 200)
+    got = gpu.grouped_linear(many, stored, apart(scale), apart(zero_point), apart(ends))
+    assert torch.equal(got, gpu.grouped_linear(many, stored, scale, zero_point, ends))
+
+
 def check_indices() -> None:
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, debug=True)  # it overlooks the option of a launch
@@ -188,6 +212,7 @@ def main() -> None:
     for dtype in BOUNDS:
         check_neighbours(dtype)
         check_spoiled(dtype)
+        check_gaps(dtype)
     check_float16_range()
     check_indices()
     print("right", file=sys.stdout)
