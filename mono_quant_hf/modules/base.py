@@ -7,6 +7,7 @@ or in a closure, holds the quantized one.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -296,11 +297,12 @@ class QuantizedModule(nn.Module):
         """
         if type(codes) is not nn.Parameter or codes.is_inference():
             return
-        seen = self.__dict__.setdefault("_versions", {})
-        where, version = seen.get(weight_name, (0, 0))
-        if where != id(codes) or codes._version < version:
-            seen[weight_name] = id(codes), codes._version
-        elif codes._version > version and not (
+        versions = self.__dict__.setdefault("_versions", {})
+        seen, version = versions.get(weight_name, (None, 0))
+        # By weak reference: a tensor that takes the place of another may get its id too.
+        if seen is None or seen() is not codes:
+            versions[weight_name] = weakref.ref(codes), codes._version
+        elif codes._version != version and not (
             torch.distributed.is_available() and torch.distributed.is_initialized()
         ):
             raise RuntimeError(
@@ -315,6 +317,9 @@ class QuantizedModule(nn.Module):
         if self.quantization.weights == "int8":
             for name in self.weight_axes:
                 self.stored(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_versions"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

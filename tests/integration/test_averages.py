@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 
 import pytest
 import torch
@@ -135,3 +136,20 @@ def test_what_changes_codes_by_right_is_let_through(tmp_path):
         assert torch.equal(logits(copy.deepcopy(model)), expected)
     assert torch.equal(logits(model.share_memory()), expected)
     assert torch.equal(logits(model.to("cpu")), expected)
+
+
+def test_a_tensor_in_the_place_of_another_is_no_change_of_it():
+    """Offloading puts new tensors where old ones were, which may get their ids."""
+    layer, x = quantize_linear_module(nn.Linear(8, 4)), torch.randn(1, 8)
+    draw, ids = random.Random(0), set()
+    for _ in range(1000):
+        del layer._parameters["weight_int8"]
+        between = [nn.Parameter(torch.zeros(1)) for _ in range(draw.randrange(4))]
+        codes = torch.zeros(4, 8, dtype=torch.int8)
+        if draw.random() < 0.5:
+            codes.fill_(1)
+        layer.weight_int8 = nn.Parameter(codes, requires_grad=False)
+        ids.add(id(layer.weight_int8))
+        del codes, between
+        layer(x)
+    assert len(ids) < 1000
