@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from mono_quant_hf import MonoQuantConfig
 from mono_quant_hf.evaluation import perplexity
 from mono_quant_hf.files import check_room, scratch_folder
 from mono_quant_hf.hub.folders import check_destination, written_beside
@@ -22,6 +23,7 @@ from mono_quant_hf.hub.importing import bytes_when_quantized
 from mono_quant_hf.modules import QuantizedLinear
 
 from .errors import CommandError
+from .models import chat_inputs
 from .output import add_json_argument, check_output_files, prints_text, say, show
 from .settings import add_settings, settings
 from .smollm2 import NAME, smollm2_folder
@@ -85,14 +87,14 @@ class Stored:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0, or 1 if the model changed by being saved and loaded again."""
-    _check(arguments)
+    config = _check(arguments)
     started = time.perf_counter()
     check_output_files(arguments.json, destination=arguments.keep)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         with written_beside(arguments.keep) if arguments.keep else scratch_folder() as folder:
-            same = _demonstrate(arguments, folder)
+            same = _demonstrate(arguments, config, folder)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
@@ -103,22 +105,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace) -> MonoQuantConfig:
     if arguments.tokens < FEWEST_TOKENS:
         raise CommandError(f"--tokens {arguments.tokens} is too few; give at least {FEWEST_TOKENS}.")
     if not arguments.prompt.strip():
         raise CommandError("--prompt is empty; give a question, or leave it out for the usual one.")
-    config = settings(arguments)
-    arguments.weights, arguments.symmetric = config.weights, config.symmetric
     if arguments.keep:
         check_destination(arguments.keep)
+    return settings(arguments)
 
 
-def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
+def _demonstrate(arguments: argparse.Namespace, config: MonoQuantConfig, folder: Path) -> bool:
     say(f"Finding {NAME} (prepared once, the first time takes longer) ...", sys.stderr)
     source, origin = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    config = settings(arguments)
     check_room(folder, bytes_when_quantized(source, config, torch.float32), "The quantized model")
 
     # One model in memory at a time: each is measured and let go before the next is loaded.
@@ -129,7 +129,7 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
     del model
     gc.collect()
 
-    say(f"2/3 {arguments.weights}: quantizing on load, measuring and saving ...", sys.stderr)
+    say(f"2/3 {config.weights}: quantizing on load, measuring and saving ...", sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
     quantized = _measure(model, tokenizer, arguments)
     stored = _stored(model)
@@ -148,13 +148,13 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
     disk = _on_disk(source), _on_disk(folder)
     answers = [
         ("float32", float_model.answer),
-        (arguments.weights, quantized.answer),
+        (config.weights, quantized.answer),
         ("saved, reloaded", answer),
     ]
     text = [
         f"{NAME}: {kind}, {layers} layers, from {origin}.",
         f"{stored.linears} Linears quantized while loading, to {scheme}.\n",
-        _table(float_model, quantized, stored, disk, arguments.weights),
+        _table(float_model, quantized, stored, disk, config.weights),
         f"\nMB = 1,000,000 bytes; perplexity of {quantized.tokens:,} tokens of pydoc_data.topics.\n",
         f"asked:            {arguments.prompt}",
         *(f"{name + ':':<17} {' '.join(said.split())}" for name, said in answers),
@@ -163,7 +163,7 @@ def _demonstrate(arguments: argparse.Namespace, folder: Path) -> bool:
     ]
     result = {
         "model": NAME,
-        "weights": arguments.weights,
+        "weights": config.weights,
         "tokens": quantized.tokens,
         "perplexity": {"float": float_model.perplexity, "quantized": quantized.perplexity},
         "memory_bytes": {"float": float_model.memory, "quantized": quantized.memory},
@@ -194,12 +194,7 @@ def _measure(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Measu
 
 def _answer(model: Any, tokenizer: Any, prompt: str) -> tuple[str, torch.Tensor]:
     """The model's most likely answer, and its logits [1, tokens, vocabulary] on the question."""
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
+    inputs = chat_inputs(tokenizer, prompt)
     with torch.inference_mode():
         logits = model(**inputs).logits
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)

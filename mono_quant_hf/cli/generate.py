@@ -8,7 +8,7 @@ import torch
 from transformers import TextStreamer
 
 from .errors import CommandError
-from .models import DTYPES, config_of, is_quantized, load_model, load_processor
+from .models import DTYPES, chat_inputs, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, prints_text, show
 from .settings import add_settings, settings, settings_given
 
@@ -83,7 +83,4 @@ def run(arguments: argparse.Namespace) -> int:
 def _inputs(tokenizer: Any, arguments: argparse.Namespace) -> Any:
     if arguments.raw or not getattr(tokenizer, "chat_template", None):
         return tokenizer(arguments.prompt, return_tensors="pt")
-    messages = [{"role": "user", "content": arguments.prompt}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    return chat_inputs(tokenizer, arguments.prompt)

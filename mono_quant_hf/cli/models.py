@@ -67,6 +67,16 @@ def load_processor(name: str, auto_class: Any = AutoTokenizer) -> Any:
     return opening.processor_of(folder_of(name), auto_class)
 
 
+def chat_inputs(tokenizer: Any, prompt: str) -> Any:
+    """What a model is given to answer a prompt as in a chat: input_ids and attention_mask [1, tokens]."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+
+
 def architecture_of(name: str) -> str:
     """The name of the class that a model was saved as.
 

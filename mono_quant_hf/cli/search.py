@@ -70,11 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
     if is_quantized(config_of(arguments.model)):
         raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
     config = MonoQuantConfig(symmetric=arguments.symmetric)
+    source = local_folder(arguments.model)
     if arguments.max_size:
-        _check_size(arguments, local_folder(arguments.model))
+        _check_size(arguments, source)
     with written_beside(arguments.save) if arguments.save else nullcontext() as new:
         if new is not None:
-            source = local_folder(arguments.model)
             check_room(new, bytes_when_quantized(source, config, DTYPES.get(arguments.dtype)), "The model")
         model = load_model(arguments.model, dtype=arguments.dtype)
         batches = text_batches(arguments, model)

@@ -1,12 +1,12 @@
 """How to quantize, as options of the command line: every field of `MonoQuantConfig` that a user sets."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from mono_quant_hf import MonoQuantConfig
-from mono_quant_hf.config import ACTIVATION_TYPES, OVERRIDE_WEIGHT_TYPES, WEIGHT_TYPES
+from mono_quant_hf.config import ACTIVATION_TYPES, OVERRIDE_WEIGHT_TYPES, QUANT_METHOD, WEIGHT_TYPES
+from mono_quant_hf.json_files import read_json
 
 from .errors import CommandError
 
@@ -75,25 +75,28 @@ def settings(arguments: argparse.Namespace) -> MonoQuantConfig:
     return MonoQuantConfig(**fields)
 
 
+def scheme(config: MonoQuantConfig) -> str:
+    """How weights are stored: "int8", "int8 symmetric" or "float16"."""
+    return config.weights + (" symmetric" if config.symmetric and config.weights == "int8" else "")
+
+
 def described(config: MonoQuantConfig) -> str:
     """A config in a few words, such as "int8 symmetric, embeddings too"."""
-    words = config.weights + (" symmetric" if config.symmetric and config.weights == "int8" else "")
-    return words + (", embeddings too" if config.quantize_embeddings else "")
+    return scheme(config) + (", embeddings too" if config.quantize_embeddings else "")
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
+        found = read_json(file)
+    except OSError as problem:
         raise CommandError(f"--config {file} cannot be read: {problem}") from problem
-    if isinstance(found, dict):
-        found = found.get("quantization_config", found)
+    found = found.get("quantization_config", found)
     if not isinstance(found, dict):
         raise CommandError(
             f'--config {file} holds no JSON object; give settings such as {{"symmetric": true}}.'
         )
-    if (method := found.get("quant_method", "mono_quant")) != "mono_quant":
-        raise CommandError(f"--config {file} is for the method {method!r}, not for 'mono_quant'.")
+    if (method := found.get("quant_method", QUANT_METHOD)) != QUANT_METHOD:
+        raise CommandError(f"--config {file} is for the method {method!r}, not for {QUANT_METHOD!r}.")
     return {name: value for name, value in found.items() if name not in _NOT_SETTINGS}
 
 

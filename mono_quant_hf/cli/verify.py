@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from typing import Any
 
 from mono_quant_hf.hub import Verification, verify_checkpoint
 
 from .output import add_json_argument, check_output_files, show
+from .settings import scheme
 
 FLAWS = 10
 """What is listed of a damage that is everywhere, if --top does not say more."""
@@ -59,12 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _text(found: Verification, top: int) -> str:
-    how: Any = found.config
-    scheme = (
-        how.weights + (" symmetric" if how.symmetric and how.weights == "int8" else "") if how else "unknown"
-    )
+    how = scheme(found.config) if found.config else "unknown"
     lines = [
-        f"{found.checkpoint}: {scheme}, {found.tensors} tensors in {found.files} file{'s' * (found.files != 1)}, "
+        f"{found.checkpoint}: {how}, {found.tensors} tensors in {found.files} file{'s' * (found.files != 1)}, "
         f"{found.bytes / 1e6:,.1f} MB"
     ]
     if found.compared is not None:

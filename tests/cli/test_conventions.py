@@ -16,18 +16,9 @@ from mono_quant_hf.cli import inspect, search, verify
 from mono_quant_hf.cli import main as main_module
 from mono_quant_hf.cli.main import main
 from tests import tiny_models
-from tests.evaluation.conftest import make_llama, make_tokenizer
+from tests.evaluation.conftest import make_llama
 
 COMMANDS = ["demo", "evaluate", "export", "generate", "inspect", "push", "quantize", "search", "verify"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    make_llama().save_pretrained(folder / "float")
-    make_tokenizer().save_pretrained(folder / "float")
-    quantize_model(make_llama()).save_pretrained(folder / "int8")
-    return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -72,9 +63,9 @@ def test_a_wrong_option_shows_the_usage_of_its_command(arguments, said, capsys):
     )
 
 
-def test_a_size_that_nothing_fits_is_refused_at_once(folder, monkeypatch, capsys):
+def test_a_size_that_nothing_fits_is_refused_at_once(models, monkeypatch, capsys):
     monkeypatch.setattr(search, "load_model", lambda *_, **__: pytest.fail("begun"))
-    assert main(["search", str(folder / "float"), "--max-size", "1kB"]) == 2
+    assert main(["search", str(models / "float"), "--max-size", "1kB"]) == 2
     assert "--max-size 0.00MB is less than" in capsys.readouterr().err
 
 
@@ -98,12 +89,12 @@ def test_every_command_is_in_the_help(capsys):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_json_is_all_that_is_printed_or_goes_to_a_file(arguments, key, folder, tmp_path, capsys):
+def test_json_is_all_that_is_printed_or_goes_to_a_file(arguments, key, models, tmp_path, capsys):
     if arguments[0] == "export":
         pytest.importorskip("compressed_tensors")
 
     def filled(new):
-        return [argument.format(folder, new=tmp_path / new) for argument in arguments]
+        return [argument.format(models, new=tmp_path / new) for argument in arguments]
 
     assert main([*filled("one"), "--json"]) == 0
     assert key in json.loads(capsys.readouterr().out)
@@ -112,7 +103,7 @@ def test_json_is_all_that_is_printed_or_goes_to_a_file(arguments, key, folder, t
     assert not capsys.readouterr().out.startswith("{")
 
 
-def test_verify_exits_with_1_and_names_what_is_wrong(folder, tmp_path, capsys):
+def test_verify_exits_with_1_and_names_what_is_wrong(models, tmp_path, capsys):
     quantize_model(tiny_models.llama()).save_pretrained(tmp_path / "int8")
     tiny_models.llama(layers=1).save_pretrained(tmp_path / "other")
     assert main(["verify", str(tmp_path / "int8")]) == 0
@@ -123,7 +114,7 @@ def test_verify_exits_with_1_and_names_what_is_wrong(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "inspect", "verify"])
-def test_wrong_paths_are_one_line(command, folder, tmp_path, capsys):
+def test_wrong_paths_are_one_line(command, models, tmp_path, capsys):
     (tmp_path / "file").write_text("no model")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
@@ -136,8 +127,8 @@ def test_wrong_paths_are_one_line(command, folder, tmp_path, capsys):
     assert "config.json" in captured.out + captured.err and "Traceback" not in captured.err
 
 
-def test_json_does_not_take_the_model_for_its_file(folder, capsys):
-    assert main(["inspect", "--json", str(folder / "float"), str(folder / "int8")]) == 2
+def test_json_does_not_take_the_model_for_its_file(models, capsys):
+    assert main(["inspect", "--json", str(models / "float"), str(models / "int8")]) == 2
     assert "is a folder with files in it" in capsys.readouterr().err
 
 
@@ -179,47 +170,47 @@ def run(arguments, **options):
     )
 
 
-def test_a_reader_that_has_gone_is_no_error(folder):
+def test_a_reader_that_has_gone_is_no_error(models):
     reading, writing = os.pipe()
     os.close(reading)
-    done = run(["inspect", str(folder / "int8")], stdout=writing)
+    done = run(["inspect", str(models / "int8")], stdout=writing)
     os.close(writing)
     assert done.returncode == 141 and "Broken" not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_full_disk_leaves_nothing(folder, tmp_path):
+def test_a_full_disk_leaves_nothing(models, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
     done = run(
-        ["quantize", str(folder / "float"), str(tmp_path / "new")], stdout=subprocess.PIPE, preexec_fn=limit
+        ["quantize", str(models / "float"), str(tmp_path / "new")], stdout=subprocess.PIPE, preexec_fn=limit
     )
     assert done.returncode == 2 and "the disk is full" in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_lists_a_part_of_many_flaws(folder, tmp_path, capsys):
+def test_verify_lists_a_part_of_many_flaws(models, tmp_path, capsys):
     torch.manual_seed(1)
     LlamaForCausalLM(make_llama().config).save_pretrained(tmp_path / "other")
     listed = []
     for options in ([], ["--top", "12"], ["--top", "0"]):
-        assert main(["verify", str(folder / "int8"), "--float", str(tmp_path / "other"), *options]) == 1
+        assert main(["verify", str(models / "int8"), "--float", str(tmp_path / "other"), *options]) == 1
         said = capsys.readouterr().out
         listed.append(said.count("WRONG"))
         assert ("more (--top 0 shows all)" in said) == (options != ["--top", "0"])
     assert listed[:2] == [verify.FLAWS, 12] and listed[2] > 12
 
 
-def test_search_prints_a_config_that_can_be_used(folder, capsys):
-    main(["search", str(folder / "float"), "--max-kl", "1e-9", "--max-tokens", "64"])
+def test_search_prints_a_config_that_can_be_used(models, capsys):
+    main(["search", str(models / "float"), "--max-kl", "1e-9", "--max-tokens", "64"])
     _, found, config = capsys.readouterr().out.partition("MonoQuantConfig(")
     made = eval(found + config, {"MonoQuantConfig": MonoQuantConfig})
     assert made.module_overrides and config.count("\n") == len(made.module_overrides) + 2
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["search", "--max-kl", "1"]], ids=lambda c: c[0])
-def test_a_picture_that_nothing_can_draw_is_refused_before_the_work(command, folder, tmp_path, monkeypatch):
+def test_a_picture_that_nothing_can_draw_is_refused_before_the_work(command, models, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     module = {"inspect": inspect, "search": search}[command[0]]
     monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("the work was begun"))
-    assert main([*command, str(folder / "float"), "--png", str(tmp_path / "x.png")]) == 2
+    assert main([*command, str(models / "float"), "--png", str(tmp_path / "x.png")]) == 2

@@ -5,21 +5,17 @@ import json
 import pytest
 
 from mono_quant_hf.cli.main import main
-from tests.evaluation.conftest import make_llama, make_tokenizer
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    make_llama().save_pretrained(folder / "float")
-    make_tokenizer().save_pretrained(folder / "float")
-    assert main(["quantize", str(folder / "float"), str(folder / "int8")]) == 0
-    return folder
+def folder(models):
+    assert main(["quantize", str(models / "float"), str(models / "quantized")]) == 0
+    return models
 
 
 def test_a_float_model_answers_as_its_quantized_form_does(folder, tmp_path, capsys):
     answers = []
-    for name in ("float", "int8"):
+    for name in ("float", "quantized"):
         call = ["generate", str(folder / name), "--prompt", "the", "--max-new-tokens", "6", "--json"]
         assert main([*call, str(tmp_path / f"{name}.json")]) == 0
         said = capsys.readouterr().out
@@ -30,5 +26,5 @@ def test_a_float_model_answers_as_its_quantized_form_does(folder, tmp_path, caps
 
 
 def test_settings_are_for_float_models(folder, capsys):
-    assert main(["generate", str(folder / "int8"), "--prompt", "the", "--symmetric"]) == 2
+    assert main(["generate", str(folder / "quantized"), "--prompt", "the", "--symmetric"]) == 2
     assert "quantized already" in capsys.readouterr().err

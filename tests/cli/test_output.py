@@ -5,18 +5,7 @@ import os
 
 import pytest
 
-from mono_quant_hf import quantize_model
 from mono_quant_hf.cli.main import main
-from tests.evaluation.conftest import make_llama, make_tokenizer
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    make_llama().save_pretrained(folder / "float")
-    make_tokenizer().save_pretrained(folder / "float")
-    quantize_model(make_llama()).save_pretrained(folder / "int8")
-    return folder
 
 
 def content(folder):
