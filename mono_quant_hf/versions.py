@@ -39,41 +39,20 @@ def check_versions(requirements: list[str] | None = None) -> None:
             requirements = requires(DISTRIBUTION) or []
         except PackageNotFoundError:
             requirements = []
-    for text in requirements:
-        if text.startswith(tuple(TESTED)):  # cheap, for what is parsed below takes its time
-            _check_oldest(Requirement(text))
+    # What is parsed takes its time, so only these are.
+    oldest = [Requirement(text) for text in requirements if text.startswith(tuple(TESTED))]
     for name, tested in TESTED.items():
-        warn_if_untested(name, tested)
-
-
-def _check_oldest(requirement: Requirement) -> None:
-    if requirement.name not in TESTED or requirement.marker is not None:
-        return
-    found = version(requirement.name)
-    # 2.13.0+cpu is a 2.13.0, and a nightly build of a supported release is one too.
-    if not requirement.specifier.contains(found, prereleases=True):
-        wanted = f"{requirement.name}{requirement.specifier}"
-        raise ImportError(
-            f"mono_quant_hf works with {wanted}, but {requirement.name} {found} is installed; "
-            f"run: pip install '{wanted}'"
-        )
-
-
-def warn_if_untested(name: str, tested: str) -> None:
-    """One warning where a package is of a later release than was tested.
-
-    Args:
-        name: of a distribution that is installed.
-        tested: its newest release that was tested, such as "5.24".
-    """
-    found = version(name)
-    if Version(found).release[:2] > Version(tested).release[:2]:
-        logger.warning(
-            "mono_quant_hf was tested with %s up to %s, and %s is installed; should something fail, try "
-            "pip install '%s==%s.*'.",
-            name,
-            tested,
-            found,
-            name,
-            tested,
-        )
+        found = version(name)
+        for requirement in oldest:
+            # 2.13.0+cpu is a 2.13.0, and a nightly build of a supported release is one too.
+            applies = requirement.name == name and requirement.marker is None
+            if applies and not requirement.specifier.contains(found, prereleases=True):
+                wanted = f"{name}{requirement.specifier}"
+                raise ImportError(
+                    f"mono_quant_hf works with {wanted}, but {name} {found} is installed; run: pip install '{wanted}'"
+                )
+        if Version(found).release[:2] > Version(tested).release[:2]:
+            logger.warning(
+                f"mono_quant_hf was tested with {name} up to {tested}, and {found} is installed; should something "
+                f"fail, try pip install '{name}=={tested}.*'."
+            )

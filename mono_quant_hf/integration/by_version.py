@@ -24,16 +24,15 @@ def update_weight_conversions(quantizer: HfQuantizer, conversions: Any, model: A
     return HfQuantizer.update_weight_conversions(quantizer, conversions, **arguments)
 
 
-def renamed(name: str, renamings: Iterable[WeightTransform]) -> str:  # apply_renamings: transformers >= 5.22
+# apply_renamings and apply_converters: transformers >= 5.22
+def renamed(name: str, renamings: Iterable[WeightTransform]) -> str:
     """A name after each of the renamings in turn."""
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
     return name
 
 
-def converted(
-    name: str, converters: Iterable[WeightTransform]
-) -> str:  # apply_converters: transformers >= 5.22
+def converted(name: str, converters: Iterable[WeightTransform]) -> str:
     """A name after the first of the converters that it matches."""
     for converter in converters:
         target, pattern = converter.rename_source_key(name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .expansion import expand_into
-from .rows import without_autocast
+from .rows import part_of, slices, without_autocast
 
 BLOCK_BYTES = 32 << 20  # of expanded weight; less starts more parallel loops, and a narrow matmul is slower
 
@@ -22,9 +22,9 @@ def linear(
     cast_bias = None if bias is None else bias.float()
     block = _block(weight, x.device)
     with without_autocast(x.device):
-        for rows in _slices(n, block.shape[0]):
+        for rows in slices(n, block.shape[0]):
             part = block[: rows.stop - rows.start]
-            expand_into(part, weight[rows], _rows_of(scale, rows), _rows_of(zero_point, rows))
+            expand_into(part, weight[rows], part_of(scale, rows), part_of(zero_point, rows))
             if cast_bias is None:
                 torch.mm(flat, part.t(), out=out[:, rows])
             else:
@@ -39,9 +39,9 @@ def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Ten
     to_x = torch.zeros(flat.shape[0], k, dtype=torch.float32, device=grad.device)
     block = _block(weight, grad.device)
     with without_autocast(grad.device):
-        for rows in _slices(n, block.shape[0]):
+        for rows in slices(n, block.shape[0]):
             part = block[: rows.stop - rows.start]
-            expand_into(part, weight[rows], _rows_of(scale, rows), _rows_of(zero_point, rows))
+            expand_into(part, weight[rows], part_of(scale, rows), part_of(zero_point, rows))
             to_x.addmm_(flat[:, rows], part)
     return to_x.to(grad.dtype).reshape(*grad.shape[:-1], k)
 
@@ -50,11 +50,3 @@ def _block(weight: Tensor, device: torch.device) -> Tensor:
     n, k = weight.shape
     rows = min(n, max(BLOCK_BYTES // (4 * max(k, 1)), 32))
     return torch.empty(rows, k, dtype=torch.float32, device=device)
-
-
-def _slices(n: int, rows: int) -> list[slice]:
-    return [slice(start, min(start + rows, n)) for start in range(0, n, max(rows, 1))]
-
-
-def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]

@@ -33,7 +33,7 @@ def linear(
     out = None if len(blocks) == 1 else x.new_empty(flat.shape[0], n)
     with without_autocast(x.device):
         for rows in blocks:
-            exact, rest = _exact(weight[rows], _part(scale, rows), _part(zero_point, rows), x.dtype)
+            exact, rest = _exact(weight[rows], part_of(scale, rows), part_of(zero_point, rows), x.dtype)
             part = _matmul(flat, exact.t())
             if rest is not None:
                 part = part * rest.t()
@@ -53,7 +53,7 @@ def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Ten
     total: Tensor | None = None
     with without_autocast(grad.device):
         for rows in _blocks(n, k, grad.dtype):
-            exact, rest = _exact(weight[rows], _part(scale, rows), _part(zero_point, rows), grad.dtype)
+            exact, rest = _exact(weight[rows], part_of(scale, rows), part_of(zero_point, rows), grad.dtype)
             scaled = flat[:, rows] if rest is None else (flat[:, rows] * rest.t()).to(grad.dtype)
             part = _matmul(scaled, exact)
             total = part if total is None else total + part
@@ -62,12 +62,17 @@ def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Ten
 
 
 def _blocks(n: int, k: int, dtype: torch.dtype) -> list[slice]:
-    rows = max(BLOCK_BYTES // (dtype.itemsize * max(k, 1)), 32)
-    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+    return slices(n, max(BLOCK_BYTES // (dtype.itemsize * max(k, 1)), 32))
 
 
-def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+def slices(n: int, rows: int) -> list[slice]:
+    """`n` rows in blocks of `rows`, the last perhaps shorter."""
+    return [slice(start, min(start + rows, n)) for start in range(0, n, max(rows, 1))]
+
+
+def part_of(column: Tensor | None, rows: slice) -> Tensor | None:
+    """Those rows of a scale or zero-point, if there is one."""
+    return None if column is None else column[rows]
 
 
 def _exact(
