@@ -1,5 +1,6 @@
 """The command line: one parser, one subcommand per module beside this one."""
 
+import _thread
 import argparse
 import contextlib
 import os
@@ -79,7 +80,17 @@ def signals_raise() -> Iterator[None]:
             under_way = under_way.__context__
         raise Interruption(number)
 
+    said = sys.unraisablehook
+
+    def unraisable(lost: Any) -> None:
+        """A signal that came in a finalizer or a callback, which Python lets no exception leave, comes again."""
+        if isinstance(lost.exc_value, Interruption):
+            threading.Timer(0.01, _thread.interrupt_main, [lost.exc_value.number]).start()
+        else:
+            said(lost)
+
     before = {}
+    sys.unraisablehook = unraisable
     if threading.current_thread() is threading.main_thread():  # the only one that may
         for number in _SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -87,6 +98,7 @@ def signals_raise() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = said
         for number, handler in before.items():
             signal.signal(number, handler)
 

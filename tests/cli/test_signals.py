@@ -9,6 +9,7 @@ import time
 import pytest
 
 from mono_quant_hf import quantize_model
+from mono_quant_hf.cli.main import Interruption, signals_raise
 from mono_quant_hf.files import SCRATCH
 from tests import tiny_models
 from tests.hub.test_export import byte_level_tokenizer
@@ -111,3 +112,15 @@ def test_what_sigkill_leaves_is_removed_by_the_next_run(folder):
     assert again.returncode == 0, said
     assert {path.name for path in folder.iterdir()} == {"float", "int8", "tmp"}
     assert content(folder / "int8").keys() >= before.keys() and content(folder / "int8") != before
+
+
+def test_a_signal_within_a_finalizer_is_not_lost():
+    """Python prints what is raised there, and goes on."""
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interruption, match="SIGTERM"), signals_raise():
+        Finalized()  # gone at once
+        time.sleep(10)
