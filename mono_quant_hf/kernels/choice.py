@@ -6,7 +6,8 @@ name of a way, which is then taken wherever it can be:
 - `int16`: CPU, int8 codes: x in int16 with a scale for each token, products summed in integers; Numba
 - `float`: CPU: int8 codes or float16 weights, turned to float32 as they stream by; Numba
 - `blocks`: CPU: some rows at a time expanded to float32, torch's float32 matmul
-- `triton`: CUDA, ROCm, XPU: codes and float16 weights become half precision within a kernel; up to 1023 tokens
+- `triton`: CUDA, ROCm, XPU: codes and float16 weights become half precision within a kernel; from 512 tokens on, blocks
+  of rows in memory, for torch's matmul
 - `portable`: everywhere, in torch's own operations: expand, then torch's matmul
 - `int8`: x in int8 too, by our kernel (VNNI) or torch's integer matmul; only in layers that ask for int8 activations
 """
@@ -215,9 +216,11 @@ def _elsewhere(
         return Choice("triton", "it was asked for")
     if weight_dtype == x_dtype:
         return Choice("portable", "the weight is as x, and torch's matmul takes it")
-    if tokens >= gpu.MANY_TOKENS:
-        return Choice("portable", "many tokens: arithmetic is the limit, and torch's matmul is best at it")
-    return Choice("triton", "memory is the limit, and codes are read as they are")
+    if tokens < gpu.MANY_TOKENS:
+        return Choice("triton", "memory is the limit, and codes are read as they are")
+    if x_dtype == torch.float16:  # in which an expanded weight may lose its small values
+        return Choice("portable", "many tokens in float16: torch's matmul on exact rows, scaled after it")
+    return Choice("triton", "many tokens: rows are expanded in one pass, for torch's matmul")
 
 
 if hasattr(os, "register_at_fork"):

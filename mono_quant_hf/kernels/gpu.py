@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: products by int8 codes and float16 weights, of which nothing is expanded in memory.
+"""Launches the Triton kernels: products by int8 codes and float16 weights, of which little is expanded in memory.
 
 They run where Triton does and tensor cores take bfloat16: CUDA from sm_80 on, ROCm, XPU. Triton is imported with the
 first product. Nothing is tuned at run time: `TILES` says how a product is cut up, and may be changed.
@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rows import part_of, row_blocks, without_autocast
+
 HALVES = (torch.bfloat16, torch.float16)
-FEW_TOKENS = 4
-"""So many are multiplied one by one: more share their rows of the weight by way of the tensor cores."""
-MANY_TOKENS = 1024
+MANY_TOKENS = 512
 """From here on arithmetic is the limit, not memory: torch's own matmul on expanded rows is left to do it."""
+MANY_ROWS = 8192
+"""Of a weight: fewer are cut into narrower tiles, so that there are enough of them for a GPU's processors."""
+
+SHARED_BYTES = 96 << 10
+"""Of shared memory: what a program may take on every card from sm_80 on."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +35,44 @@ class Tile:
     warps: int = 4
     stages: int = 3
 
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self, weight_bytes: int) -> dict[str, int]:
+        """Of a launch: as many stages as the shared memory of the smallest cards holds, by bytes of a weight."""
+        of_one = self.k * (2 * self.m + weight_bytes * self.n)
+        return {"num_warps": self.warps, "num_stages": max(min(self.stages, SHARED_BYTES // of_one), 1)}
 
 
-TILES: dict[str, list[tuple[int, Tile]]] = {
-    "cuda": [(16, Tile(16, 64, 128, 4, 4)), (32, Tile(32, 64, 128, 8, 3)), (128, Tile(64, 128, 64, 4, 3))],
-    "hip": [(16, Tile(16, 64, 128, 4, 2)), (32, Tile(32, 64, 128, 4, 2)), (128, Tile(64, 64, 64, 4, 2))],
+TILES: dict[str, list[tuple[int, Tile, Tile]]] = {
+    "cuda": [
+        (16, Tile(16, 32, 256, 4, 4), Tile(16, 64, 256, 4, 3)),
+        (32, Tile(32, 32, 256, 4, 4), Tile(32, 64, 128, 8, 3)),
+        (64, Tile(32, 32, 256, 2, 4), Tile(64, 64, 128, 4, 4)),
+        (128, Tile(64, 32, 128, 4, 4), Tile(128, 64, 64, 4, 4)),
+        (256, Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
+    ],
+    "hip": [
+        (16, Tile(16, 64, 128, 4, 2), Tile(16, 64, 128, 4, 2)),
+        (32, Tile(32, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
+        (128, Tile(64, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
+    ],
 }
-"""By backend: up to so many tokens, such a tile; the last for all above. `xpu` is cut up as `cuda`."""
-INT8_TILES: dict[str, list[tuple[int, Tile]]] = {
-    "cuda": [(32, Tile(32, 64, 64, 4, 4)), (128, Tile(128, 128, 64, 8, 3))],
-    "hip": [(32, Tile(32, 64, 64, 4, 2)), (128, Tile(64, 64, 64, 4, 2))],
+"""By backend: up to so many tokens, such a tile, and such where there are `MANY_ROWS`; the last for all above.
+
+The first was measured on an H100; `xpu` is cut up as it, and the second is not measured.
+"""
+INT8_TILES: dict[str, list[tuple[int, Tile, Tile]]] = {
+    "cuda": [
+        (32, Tile(32, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4)),
+        (128, Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4)),
+        (512, Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    ],
+    "hip": [
+        (32, Tile(32, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2)),
+        (128, Tile(64, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
+    ],
 }
 """The same for int8 activations."""
-GRADIENT_TILES = {"cuda": Tile(64, 64, 64, 4, 3), "hip": Tile(64, 64, 64, 4, 2)}
-VECTOR_TILE = Tile(1, 4, 512, 4, 1)
-EXPANSION_TILE = Tile(1, 8, 512, 4, 1)
+VECTOR_TILE = Tile(1, 4, 1024, 4, 2)
+EXPANSION_TILE = Tile(1, 16, 1024, 8, 1)
 GROUP_M = 8
 CHECKED = {"debug": True, "sanitize_overflow": False}
 """Options with which an index past the table stops the program, as torch's own look-up does."""
@@ -85,9 +110,10 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def _tile(table: dict[str, list[tuple[int, Tile]]], tokens: int) -> Tile:
+def _tile(table: dict[str, list[tuple[int, Tile, Tile]]], tokens: int, rows: int) -> Tile:
     tiles = table[backend()]
-    return next((tile for most, tile in tiles if tokens <= most), tiles[-1][1])
+    _, few, many = next((row for row in tiles if tokens <= row[0]), tiles[-1])
+    return many if rows >= MANY_ROWS else few
 
 
 def _parts(size: int, part: int) -> int:
@@ -114,11 +140,30 @@ def _dense(*columns: Tensor | None) -> list[Tensor | None]:
     return [None if column is None else column.contiguous() for column in columns]
 
 
+_compiled: dict[tuple[object, ...], Any] = {}
+"""What Triton compiled, by kernel, device and everything of its arguments by which Triton compiles anew."""
+
+
+def _compiled_for(argument: Any) -> object:
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument if argument is None else (argument == 1, argument % 16 == 0, argument >> 31)
+
+
 def _launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any
 ) -> None:
+    """Triton's own look-up of a compiled kernel takes several times as long as the launch of one that is at hand."""
+    key = (kernel, device, *map(_compiled_for, arguments), *constants.values())
     with _on(device):
-        kernel[grid](*arguments, **constants)
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            given = [value for name, value in constants.items() if name.isupper()]  # the rest are options
+            compiled[grid + (1,) * (3 - len(grid))](*arguments, *given)
+            return
+        compiled = kernel[grid](*arguments, **constants)
+        if device.type == "cuda" and torch.version.hip is None:  # elsewhere Triton looks at more
+            _compiled[key] = compiled
 
 
 def linear(
@@ -135,25 +180,34 @@ def linear(
     flat, (n, k) = _rows(x), weight.shape
     m = flat.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if m >= MANY_TOKENS:
+        with without_autocast(x.device):
+            for rows in row_blocks(n, k, x.dtype):
+                part = expand(weight[rows], part_of(scale, rows), part_of(zero_point, rows), x.dtype).t()
+                if bias is None:
+                    torch.mm(flat, part, out=out[:, rows])
+                else:
+                    torch.addmm(bias[rows].to(x.dtype), flat, part, out=out[:, rows])
+        return out.view(*x.shape[:-1], n)
     flags = {
         "HAS_SCALE": scale is not None,
         "HAS_ZERO": zero_point is not None,
         "HAS_BIAS": bias is not None,
     }
-    if m <= FEW_TOKENS:
+    if m == 1:
         tile = VECTOR_TILE
         _launch(
-            _kernels().matvec, (_parts(n, tile.n), m), flat.device,
+            _kernels().matvec, (_parts(n, tile.n), 1), flat.device,
             flat, weight, scale, zero_point, bias, out, n, k, flat.stride(0), out.stride(0),
-            **flags, EVEN_K=k % tile.k == 0, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options,
+            **flags, EVEN_K=k % tile.k == 0, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options(weight.element_size()),
         )  # fmt: skip
     else:
-        tile = _tile(TILES, m)
+        tile = _tile(TILES, m, n)
         _launch(
             _kernels().matmul, (_parts(m, tile.m) * _parts(n, tile.n),), flat.device,
             flat, weight, scale, zero_point, bias, None, out, m, n, k, 0, flat.stride(0), out.stride(0),
             **flags, GROUPED=False, EVEN_K=k % tile.k == 0,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options(weight.element_size()),
         )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 
@@ -172,31 +226,16 @@ def grouped_linear(
     flat, (experts, n, k) = _rows(x), weight.shape
     m = flat.shape[0]
     out = torch.zeros(m, n, dtype=x.dtype, device=x.device)
-    tile = _tile(TILES, _parts(m, experts))
+    tile = _tile(TILES, _parts(m, experts), n * experts)
     most = _parts(m, tile.m) + min(m, experts)  # each expert may leave one tile half empty
     _launch(
         _kernels().matmul, (most * _parts(n, tile.n),), flat.device,
         flat, weight, scale, zero_point, None, ends.contiguous(), out, m, n, k, experts, flat.stride(0), out.stride(0),
         HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None, HAS_BIAS=False, GROUPED=True,
-        EVEN_K=k % tile.k == 0, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
+        EVEN_K=k % tile.k == 0, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M,
+        **tile.options(weight.element_size()),
     )  # fmt: skip
     return out
-
-
-def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
-    """`grad W` in grad's dtype, sums in float32: the gradient of `linear` to x."""
-    scale, zero_point = _dense(scale, zero_point)
-    flat, (n, k) = _rows(grad), weight.shape
-    m = flat.shape[0]
-    out = torch.empty(m, k, dtype=grad.dtype, device=grad.device)
-    tile = GRADIENT_TILES[backend()]
-    _launch(
-        _kernels().gradient, (_parts(m, tile.m) * _parts(k, tile.k),), flat.device,
-        flat, weight, scale, zero_point, out, m, n, k, flat.stride(0), out.stride(0),
-        HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
-    )  # fmt: skip
-    return out.view(*grad.shape[:-1], k)
 
 
 def linear_int8(
@@ -212,12 +251,12 @@ def linear_int8(
     kernels = _kernels()
     _launch(kernels.round_tokens, (m,), x.device, flat, codes, steps, sums, k, flat.stride(0), BLOCK_K=1024)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    tile = _tile(INT8_TILES, m)
+    tile = _tile(INT8_TILES, m, n)
     _launch(
         kernels.matmul_int8, (_parts(m, tile.m) * _parts(n, tile.n),), x.device,
         codes, steps, sums, weight, *columns, out, m, n, k, out.stride(0),
         HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None, EVEN_K=k % tile.k == 0,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options(weight.element_size()),
     )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 
@@ -239,6 +278,7 @@ def expand(
         _kernels().expand_rows, (_parts(n, tile.n), _parts(k, tile.k)), weight.device,
         weight, scale, zero_point, indices, out, n, k, weight.shape[0],
         HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None, LOOK_UP=indices is not None,
-        BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options, **(CHECKED if indices is not None else {}),
+        BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options(weight.element_size()),
+        **(CHECKED if indices is not None else {}),
     )  # fmt: skip
     return out

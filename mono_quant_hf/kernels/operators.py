@@ -71,17 +71,7 @@ def _compute_backward(
     check(grad, weight, scale, zero_point, None, inner=0)
     if grad.is_cpu and grad.dtype != torch.float64 and get_kernel() != "portable":
         return blocks.backward(grad, weight, scale, zero_point)
-    tokens = grad.numel() // max(grad.shape[-1], 1)
-    if not grad.is_cpu and _by_triton(grad, weight, tokens):
-        return gpu.backward(grad, weight, scale, zero_point)
     return portable.backward(grad, weight, scale, zero_point)
-
-
-def _by_triton(x: Tensor, weight: Tensor, tokens: int) -> bool:
-    name = decide(
-        str(x.device), x.dtype, weight.dtype, tokens, weight.is_contiguous(), False, get_kernel()
-    ).name
-    return name == "triton"
 
 
 _library.impl("linear_int8", compute, "CompositeExplicitAutograd")
@@ -168,9 +158,12 @@ def grouped_linear(
         >>> grouped_linear(torch.ones(3, 8), codes, torch.ones(2, 4, 1), None, ends) is None  # on a CPU
         True
     """
-    tokens = x.shape[0] // max(len(ends), 1)
+    tokens = max(x.shape[0] // max(len(ends), 1), min(x.shape[0], 1))
     per_row = scale is None or scale.shape[1] == weight.shape[1]
-    if x.is_cpu or not per_row or not _by_triton(x, weight, max(tokens, min(x.shape[0], 1))):
+    if x.is_cpu or not per_row or tokens >= gpu.MANY_TOKENS:
+        return None
+    contiguous = weight.is_contiguous()
+    if decide(str(x.device), x.dtype, weight.dtype, tokens, contiguous, False, get_kernel()).name != "triton":
         return None
     return gpu.grouped_linear(x, weight, scale, zero_point, ends)
 

@@ -29,7 +29,7 @@ def linear(
     """`x Wᵀ + b` in x's dtype: float32, bfloat16 or float16. No gradient; operands as for `kernels.linear`."""
     n, k = weight.shape
     flat = x.reshape(-1, k)
-    blocks = _blocks(n, k, x.dtype)
+    blocks = row_blocks(n, k, x.dtype)
     out = None if len(blocks) == 1 else x.new_empty(flat.shape[0], n)
     with without_autocast(x.device):
         for rows in blocks:
@@ -52,7 +52,7 @@ def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Ten
     flat = grad.reshape(-1, n)
     total: Tensor | None = None
     with without_autocast(grad.device):
-        for rows in _blocks(n, k, grad.dtype):
+        for rows in row_blocks(n, k, grad.dtype):
             exact, rest = _exact(weight[rows], part_of(scale, rows), part_of(zero_point, rows), grad.dtype)
             scaled = flat[:, rows] if rest is None else (flat[:, rows] * rest.t()).to(grad.dtype)
             part = _matmul(scaled, exact)
@@ -61,8 +61,10 @@ def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Ten
     return total.to(grad.dtype).reshape(*grad.shape[:-1], k)
 
 
-def _blocks(n: int, k: int, dtype: torch.dtype) -> list[slice]:
-    return slices(n, max(BLOCK_BYTES // (dtype.itemsize * max(k, 1)), 32))
+def row_blocks(n: int, k: int, dtype: torch.dtype) -> list[slice]:
+    """The rows of a weight [n, k], cut so that no block takes more than `BLOCK_BYTES` in `dtype`."""
+    rows = BLOCK_BYTES // (dtype.itemsize * max(k, 1))
+    return slices(n, max(rows // 128 * 128, 32))  # at odd places a GPU's matmul takes three times as long
 
 
 def slices(n: int, rows: int) -> list[slice]:

@@ -19,19 +19,13 @@ def _tile(program, size_m, size_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _power_of_two(scale):
-    """The largest power of two up to a scale, within what keeps 255 of it in float16's range, exactly."""
-    return tl.exp2(tl.clamp(tl.floor(tl.log2(scale)), -16.0, 8.0))
-
-
-@triton.jit
 def matvec(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr,
     N, K, stride_xm, stride_om,
     HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Few tokens: a program multiplies BLOCK_N rows by one token. Products and sums in float32."""
+    """A program multiplies BLOCK_N rows by one token. Products and sums in float32."""
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_in = rows < N
@@ -87,7 +81,7 @@ def matmul(
         begin = 0
         passed = 0
         for e in range(EXPERTS):
-            stop = tl.load(ends_ptr + e)
+            stop = tl.load(ends_ptr + e).to(tl.int32)
             tiles = tl.cdiv(stop - begin, BLOCK_M)
             here = (tile_m >= passed) & (tile_m < passed + tiles)
             first = tl.where(here, begin + (tile_m - passed) * BLOCK_M, first)
@@ -133,46 +127,6 @@ def matmul(
         total += tl.load(bias_ptr + of_expert, mask=rows_in, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + tokens[:, None].to(tl.int64) * stride_om + rows[None, :]
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=tokens_in[:, None] & rows_in[None, :])
-
-
-@triton.jit
-def gradient(
-    grad_ptr, w_ptr, scale_ptr, zero_ptr, out_ptr,
-    M, N, K, stride_gm, stride_om,
-    HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """grad W without W in memory. Each scale is a power of two, which the codes take exactly, times [1, 2) for grad:
-    neither leaves float16's range."""
-    tile_m, tile_k = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
-    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    tokens_in = tokens < M
-    columns_in = columns < K
-    dtype: tl.constexpr = grad_ptr.dtype.element_ty
-    total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for start in range(0, N, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N)
-        rows_in = rows < N
-        grad = tl.load(
-            grad_ptr + tokens[:, None].to(tl.int64) * stride_gm + rows[None, :],
-            mask=tokens_in[:, None] & rows_in[None, :], other=0.0,
-        )  # fmt: skip
-        w = tl.load(
-            w_ptr + rows[:, None].to(tl.int64) * K + columns[None, :],
-            mask=rows_in[:, None] & columns_in[None, :], other=0,
-        )  # fmt: skip
-        wide = w.to(dtype)
-        if HAS_ZERO:
-            wide -= tl.load(zero_ptr + rows, mask=rows_in, other=0).to(dtype)[:, None]
-        if HAS_SCALE:
-            scale = tl.load(scale_ptr + rows, mask=rows_in, other=1.0)
-            power = _power_of_two(scale)
-            wide *= power.to(dtype)[:, None]
-            grad = (grad.to(tl.float32) * (scale / power)[None, :]).to(dtype)
-        total = tl.dot(grad, wide, total)
-    out_ptrs = out_ptr + tokens[:, None].to(tl.int64) * stride_om + columns[None, :]
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=tokens_in[:, None] & columns_in[None, :])
 
 
 @triton.jit

@@ -28,6 +28,10 @@ def target(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
 
 
+def tiles(table: list[tuple[int, gpu.Tile, gpu.Tile]]) -> list[gpu.Tile]:
+    return list(dict.fromkeys(tile for _, *both in table for tile in both))
+
+
 def configurations(backend: str, dtype: str) -> Iterator[tuple[Any, dict[str, Any], gpu.Tile, str]]:
     """Each kernel with its constants, its tile and the type of its weight, as `gpu` launches it."""
     flags = {"HAS_ZERO": True, "HAS_BIAS": True, "EVEN_K": True}
@@ -37,15 +41,14 @@ def configurations(backend: str, dtype: str) -> Iterator[tuple[Any, dict[str, An
             (triton_kernels.matvec, gpu.VECTOR_TILE, {"HAS_BIAS": True, "EVEN_K": True}),
             *(
                 (triton_kernels.matmul, tile, {"HAS_BIAS": not grouped, "EVEN_K": True, "GROUPED": grouped})
-                for _, tile in gpu.TILES[backend]
+                for tile in tiles(gpu.TILES[backend])
                 for grouped in (False, True)
             ),
-            (triton_kernels.gradient, gpu.GRADIENT_TILES[backend], {}),
             (triton_kernels.expand_rows, gpu.EXPANSION_TILE, {"LOOK_UP": False}),
             (triton_kernels.expand_rows, gpu.EXPANSION_TILE, {"LOOK_UP": True}),
         ):
             yield kernel, given | constants, tile, weight
-    for _, tile in gpu.INT8_TILES[backend]:
+    for tile in tiles(gpu.INT8_TILES[backend]):
         yield triton_kernels.matmul_int8, flags, tile, "i8"
     yield triton_kernels.round_tokens, {"BLOCK_K": 1024}, gpu.Tile(1, 1, 1024), "i8"
 
@@ -99,9 +102,10 @@ def main(name: str, dtype: str = "bf16") -> int:
     gpu_target, bad = target(name), 0
     for kernel, constants, tile, weight in configurations(gpu_target.backend, dtype):
         ahead = source(kernel, constants, tile, weight, dtype)
-        compiled = triton.compile(
-            ahead, target=gpu_target, options=tile.options | (gpu.CHECKED if constants.get("LOOK_UP") else {})
-        )
+        options = tile.options(2 if weight == "fp16" else 1)
+        if constants.get("LOOK_UP"):
+            options |= gpu.CHECKED
+        compiled = triton.compile(ahead, target=gpu_target, options=options)
         used = cost(compiled, gpu_target.backend)
         spilled = used["spills"] or used["stack"]
         bad += bool(spilled)
