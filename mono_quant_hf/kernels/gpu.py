@@ -197,8 +197,8 @@ def linear(
     if m == 1:
         tile = VECTOR_TILE
         _launch(
-            _kernels().matvec, (_parts(n, tile.n), 1), flat.device,
-            flat, weight, scale, zero_point, bias, out, n, k, flat.stride(0), out.stride(0),
+            _kernels().matvec, (_parts(n, tile.n),), flat.device,
+            flat, weight, scale, zero_point, bias, out, n, k,
             **flags, EVEN_K=k % tile.k == 0, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options(weight.element_size()),
         )  # fmt: skip
     else:

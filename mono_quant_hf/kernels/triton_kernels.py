@@ -21,17 +21,16 @@ def _tile(program, size_m, size_n, GROUP_M: tl.constexpr):
 @triton.jit
 def matvec(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr,
-    N, K, stride_xm, stride_om,
+    N, K,
     HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies BLOCK_N rows by one token. Products and sums in float32."""
-    token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_in = rows < N
     columns = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + rows[:, None].to(tl.int64) * K + columns[None, :]
-    x_ptrs = x_ptr + token * stride_xm + columns
+    x_ptrs = x_ptr + columns
     total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     if HAS_ZERO:
         zero = tl.load(zero_ptr + rows, mask=rows_in, other=0).to(tl.float32)
@@ -54,7 +53,7 @@ def matvec(
         result *= tl.load(scale_ptr + rows, mask=rows_in, other=0.0)
     if HAS_BIAS:
         result += tl.load(bias_ptr + rows, mask=rows_in, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * stride_om + rows, result.to(out_ptr.dtype.element_ty), mask=rows_in)
+    tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=rows_in)
 
 
 @triton.jit
