@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CHECKED := mono_quant_hf tests $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-engines test-sweep test-versions memcheck lint format clean
+.PHONY: help demo test test-peers test-engines test-gpu test-sweep test-versions memcheck lint format clean
 
 help:  ## say what can be made
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,9 @@ test-peers: $(VENV)/.peers  ## run what the README says of torchao and optimum-q
 
 test-engines: $(VENV)/.test $(VENV)-vllm/.made  ## serve models with vLLM, in an environment of its own (2 GB)
 	MONO_QUANT_VLLM_PYTHON=$(VENV)-vllm/bin/python $(BIN)/python -m pytest tests/engines $(ARGS)
+
+test-gpu:  ## run kernels and models on the GPU of this machine, with the torch and transformers that PYTHON has
+	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels/test_gpu.py tests/integration/test_gpu.py $(ARGS)
 
 test-sweep: $(VENV)/.test  ## quantize a tiny model of each class that transformers has, a few hundred, and report (an hour)
 	$(BIN)/python -m tests.integration.sweep $(ARGS)

@@ -57,7 +57,9 @@ def calculate_scale_zp_per_channel(
         raise ValueError(_describe_not_finite(tensor))
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
 
-    scale = torch.maximum(-low, high) / INT8_MAX if symmetric else (high - low) / (INT8_MAX - INT8_MIN)
+    reach, steps = (torch.maximum(-low, high), INT8_MAX) if symmetric else (high - low, INT8_MAX - INT8_MIN)
+    # By a tensor: CUDA divides by a number as it multiplies by the inverse, which rounds unlike a CPU.
+    scale = reach / torch.full_like(reach, steps)
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("The range of a channel is wider than float32 can hold; rescale the weight first.")
     # A range so small that its step is below the smallest normal float32 is rounded to 0 on some processors;

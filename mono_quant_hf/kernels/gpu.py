@@ -1,7 +1,7 @@
 """Launches the Triton kernels: products by int8 codes and float16 weights, of which little is expanded in memory.
 
 They run where Triton does and tensor cores take bfloat16: CUDA from sm_80 on, ROCm, XPU. Triton is imported with the
-first product. Nothing is tuned at run time: `TILES` says how a product is cut up, and may be changed.
+first product. Nothing is tuned at run time: `TILES` says how a product is cut up, and may be changed before the first.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -74,6 +74,8 @@ INT8_TILES: dict[str, list[tuple[int, Tile, Tile]]] = {
 VECTOR_TILE = Tile(1, 4, 1024, 4, 2)
 EXPANSION_TILE = Tile(1, 16, 1024, 8, 1)
 GROUP_M = 8
+MOST_LAUNCHES = 4096
+"""That are remembered, each of some shape."""
 CHECKED = {"debug": True, "sanitize_overflow": False}
 """Options with which an index past the table stops the program, as torch's own look-up does."""
 
@@ -128,8 +130,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever device its tensors are on."""
-    kind: Any = torch.get_device_module(device)
-    if device.index is None or device.index == kind.current_device():
+    kind: Any = torch.cuda if device.type == "cuda" else torch.get_device_module(device)
+    if device.index in (None, kind.current_device()):
         return nullcontext()
     current: AbstractContextManager[object] = kind.device(device)
     return current
@@ -140,30 +142,74 @@ def _dense(*columns: Tensor | None) -> list[Tensor | None]:
     return [None if column is None else column.contiguous() for column in columns]
 
 
-_compiled: dict[tuple[object, ...], Any] = {}
-"""What Triton compiled, by kernel, device and everything of its arguments by which Triton compiles anew."""
+def _cut(kernel: str, given: dict[str, Any]) -> tuple[Tile, tuple[int, int, int]]:
+    """How a launch is cut up: the part of one program, and how many programs there are."""
+    n, k = given.get("N", 1), given["K"]
+    if kernel == "round_tokens":
+        return Tile(1, 1, 1024), (given["M"], 1, 1)
+    if kernel == "matvec":
+        return VECTOR_TILE, (_parts(n, VECTOR_TILE.n), 1, 1)
+    if kernel == "expand_rows":
+        return EXPANSION_TILE, (_parts(n, EXPANSION_TILE.n), _parts(k, EXPANSION_TILE.k), 1)
+    m, experts = given["M"], given.get("EXPERTS", 0)
+    tile = _tile(TILES if kernel == "matmul" else INT8_TILES, _parts(m, experts or 1), n * (experts or 1))
+    tiles = _parts(m, tile.m) + min(m, experts)  # each expert may leave one tile half empty
+    return tile, (tiles * _parts(n, tile.n), 1, 1)
 
 
-def _compiled_for(argument: Any) -> object:
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument if argument is None else (argument == 1, argument % 16 == 0, argument >> 31)
+FLAGS = {
+    "scale_ptr": "HAS_SCALE", "zero_ptr": "HAS_ZERO", "bias_ptr": "HAS_BIAS",
+    "ends_ptr": "GROUPED", "indices_ptr": "LOOK_UP",
+}  # fmt: skip
+"""Constants that say whether an argument is there."""
+
+_launches: dict[tuple[object, ...], tuple[Any, tuple[object, ...], dict[str, object]]] = {}
+"""What to call, and its last arguments, by everything on which they depend."""
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any
-) -> None:
-    """Triton's own look-up of a compiled kernel takes several times as long as the launch of one that is at hand."""
-    key = (kernel, device, *map(_compiled_for, arguments), *constants.values())
-    with _on(device):
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            given = [value for name, value in constants.items() if name.isupper()]  # the rest are options
-            compiled[grid + (1,) * (3 - len(grid))](*arguments, *given)
+def _launch(kernel: str, tensors: tuple[Tensor | None, ...], integers: tuple[int, ...]) -> None:
+    """Run a kernel of `triton_kernels`, whose arguments are these tensors, these integers and then constants.
+
+    What Triton compiled is called again without Triton's own look-up, which takes several times as long as a launch.
+    """
+    first: Any = tensors[0]
+    dtypes: list[torch.dtype | None] = []
+    addresses = 0
+    for tensor in tensors:
+        if tensor is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+    aligned = addresses & 15 == 0
+    key = (kernel, first.get_device(), *dtypes, *integers)
+    with _on(first.device):
+        if aligned and (found := _launches.get(key)) is not None:
+            run, constants, named = found
+            run(*tensors, *integers, *constants, **named)
             return
-        compiled = kernel[grid](*arguments, **constants)
-        if device.type == "cuda" and torch.version.hip is None:  # elsewhere Triton looks at more
-            _compiled[key] = compiled
+        function = getattr(_kernels(), kernel)
+        given = dict(zip(function.arg_names, (*tensors, *integers), strict=False))
+        tile, grid = _cut(kernel, given)
+        values = {flag: given.get(name) is not None for name, flag in FLAGS.items()} | {
+            "EVEN_K": given["K"] % tile.k == 0, "GROUP_M": GROUP_M,
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        }  # fmt: skip
+        values = {name: values[name] for name in function.arg_names if name in values}
+        options = tile.options(
+            first.element_size() if "w_ptr" not in given else given["w_ptr"].element_size()
+        )
+        if values.get("LOOK_UP"):
+            options |= CHECKED
+        compiled = function[grid](*tensors, *integers, **values, **options)
+        if not aligned:
+            return
+        if len(_launches) >= MOST_LAUNCHES:
+            _launches.clear()
+        if first.is_cuda and torch.version.hip is None:
+            _launches[key] = compiled[grid], tuple(values.values()), {}
+        else:  # where Triton's look-up regards more than is known here
+            _launches[key] = function[grid], (), values | options
 
 
 def linear(
@@ -189,26 +235,11 @@ def linear(
                 else:
                     torch.addmm(bias[rows].to(x.dtype), flat, part, out=out[:, rows])
         return out.view(*x.shape[:-1], n)
-    flags = {
-        "HAS_SCALE": scale is not None,
-        "HAS_ZERO": zero_point is not None,
-        "HAS_BIAS": bias is not None,
-    }
     if m == 1:
-        tile = VECTOR_TILE
-        _launch(
-            _kernels().matvec, (_parts(n, tile.n),), flat.device,
-            flat, weight, scale, zero_point, bias, out, n, k,
-            **flags, EVEN_K=k % tile.k == 0, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options(weight.element_size()),
-        )  # fmt: skip
+        _launch("matvec", (flat, weight, scale, zero_point, bias, out), (n, k))
     else:
-        tile = _tile(TILES, m, n)
-        _launch(
-            _kernels().matmul, (_parts(m, tile.m) * _parts(n, tile.n),), flat.device,
-            flat, weight, scale, zero_point, bias, None, out, m, n, k, 0, flat.stride(0), out.stride(0),
-            **flags, GROUPED=False, EVEN_K=k % tile.k == 0,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options(weight.element_size()),
-        )  # fmt: skip
+        tensors = (flat, weight, scale, zero_point, bias, None, out)
+        _launch("matmul", tensors, (m, n, k, 0, flat.stride(0), n))
     return out.view(*x.shape[:-1], n)
 
 
@@ -226,15 +257,8 @@ def grouped_linear(
     flat, (experts, n, k) = _rows(x), weight.shape
     m = flat.shape[0]
     out = torch.zeros(m, n, dtype=x.dtype, device=x.device)
-    tile = _tile(TILES, _parts(m, experts), n * experts)
-    most = _parts(m, tile.m) + min(m, experts)  # each expert may leave one tile half empty
-    _launch(
-        _kernels().matmul, (most * _parts(n, tile.n),), flat.device,
-        flat, weight, scale, zero_point, None, ends.contiguous(), out, m, n, k, experts, flat.stride(0), out.stride(0),
-        HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None, HAS_BIAS=False, GROUPED=True,
-        EVEN_K=k % tile.k == 0, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M,
-        **tile.options(weight.element_size()),
-    )  # fmt: skip
+    tensors = (flat, weight, scale, zero_point, None, ends.contiguous(), out)
+    _launch("matmul", tensors, (m, n, k, experts, flat.stride(0), n))
     return out
 
 
@@ -248,16 +272,9 @@ def linear_int8(
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     steps = torch.empty(m, dtype=torch.float32, device=x.device)
     sums = torch.empty(m, dtype=torch.int32, device=x.device)
-    kernels = _kernels()
-    _launch(kernels.round_tokens, (m,), x.device, flat, codes, steps, sums, k, flat.stride(0), BLOCK_K=1024)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    tile = _tile(INT8_TILES, m, n)
-    _launch(
-        kernels.matmul_int8, (_parts(m, tile.m) * _parts(n, tile.n),), x.device,
-        codes, steps, sums, weight, *columns, out, m, n, k, out.stride(0),
-        HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None, EVEN_K=k % tile.k == 0,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, **tile.options(weight.element_size()),
-    )  # fmt: skip
+    _launch("round_tokens", (flat, codes, steps, sums), (m, k, flat.stride(0)))
+    _launch("matmul_int8", (codes, steps, sums, weight, *columns, out), (m, n, k, n))
     return out.view(*x.shape[:-1], n)
 
 
@@ -273,12 +290,5 @@ def expand(
     k = weight.shape[1]
     shape = (weight.shape[0],) if indices is None else indices.shape
     out = torch.empty(*shape, k, dtype=dtype, device=weight.device)
-    n, tile = out.numel() // k, EXPANSION_TILE
-    _launch(
-        _kernels().expand_rows, (_parts(n, tile.n), _parts(k, tile.k)), weight.device,
-        weight, scale, zero_point, indices, out, n, k, weight.shape[0],
-        HAS_SCALE=scale is not None, HAS_ZERO=zero_point is not None, LOOK_UP=indices is not None,
-        BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.options(weight.element_size()),
-        **(CHECKED if indices is not None else {}),
-    )  # fmt: skip
+    _launch("expand_rows", (weight, scale, zero_point, indices, out), (out.numel() // k, k, weight.shape[0]))
     return out

@@ -1,8 +1,11 @@
 """What the tensors of a product must be: each fault is one sentence, since kernels read raw memory."""
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
+_is_cpu, _is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
 _READ = frozenset((torch.float32, torch.bfloat16))  # what a kernel reads of a bias
 
 
@@ -27,15 +30,17 @@ def check(
     try:
         shape = weight.shape
         rows = shape[0]
+        on_cpu = x.is_cpu
+        here = _is_cpu if on_cpu else _is_cuda
         if (
             x.shape[-1] == shape[inner]
             and len(shape) == 2
-            and x.is_cpu
+            and here(x)
             and x.is_floating_point()
             and x.is_contiguous()
             and not x.storage_offset()
             and x.untyped_storage().nbytes() >= x.nbytes
-            and weight.is_cpu
+            and here(weight)
             and weight.is_contiguous()
             and not weight.storage_offset()
             and weight.untyped_storage().nbytes() >= weight.nbytes
@@ -45,7 +50,7 @@ def check(
                 else weight.dtype is torch.int8
                 and scale.dtype is torch.float32
                 and scale.shape == (rows, 1)
-                and scale.is_cpu
+                and here(scale)
                 and scale.is_contiguous()
                 and not scale.storage_offset()
                 and scale.untyped_storage().nbytes() >= 4 * rows
@@ -55,7 +60,7 @@ def check(
                 or (
                     zero_point.dtype is torch.int8
                     and zero_point.shape == (rows, 1)
-                    and zero_point.is_cpu
+                    and here(zero_point)
                     and zero_point.is_contiguous()
                     and not zero_point.storage_offset()
                     and zero_point.untyped_storage().nbytes() >= rows
@@ -64,21 +69,27 @@ def check(
             and (
                 bias is None
                 or (
-                    bias.dtype in _READ
+                    (bias.dtype in _READ or (not on_cpu and bias.dtype is torch.float16))
                     and bias.shape == (rows,)
-                    and bias.is_cpu
+                    and here(bias)
                     and bias.is_contiguous()
                     and not bias.storage_offset()
                     and bias.untyped_storage().nbytes() >= bias.nbytes
                 )
             )
+            and (on_cpu or _on_one_card(x, weight, scale, zero_point, bias))
         ):
-            return True
+            return on_cpu
     except (IndexError, NotImplementedError, RuntimeError):  # no dimension, no storage, no shape
         pass
     check_kinds(x, weight, scale, zero_point, bias, inner)
     check_memory(input=x, weight=weight, scale=scale, zero_point=zero_point, bias=bias)
     return False
+
+
+def _on_one_card(x: Tensor, *operands: Tensor | None) -> bool:
+    card = x.get_device()
+    return all(operand is None or operand.get_device() == card for operand in operands)
 
 
 def check_kinds(

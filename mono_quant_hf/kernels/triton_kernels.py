@@ -60,9 +60,8 @@ def matvec(
 def matmul(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, ends_ptr, out_ptr,
     M, N, K, EXPERTS, stride_xm, stride_om,
-    HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of tokens by rows. code - zero_point lies in [-255, 255], which is exact in bfloat16 and float16.
 
@@ -129,8 +128,8 @@ def matmul(
 
 
 @triton.jit
-def round_tokens(x_ptr, codes_ptr, step_ptr, sum_ptr, K, stride_xm, BLOCK_K: tl.constexpr):
-    """int8 codes of one token for each program, their step, and their sum, by which a zero-point is multiplied."""
+def round_tokens(x_ptr, codes_ptr, step_ptr, sum_ptr, M, K, stride_xm, BLOCK_K: tl.constexpr):
+    """int8 codes of one of M tokens for each program, their step, and their sum, which a zero-point multiplies."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     largest = tl.zeros((BLOCK_K,), dtype=tl.float32)
@@ -157,8 +156,8 @@ def round_tokens(x_ptr, codes_ptr, step_ptr, sum_ptr, K, stride_xm, BLOCK_K: tl.
 def matmul_int8(
     x_ptr, step_ptr, sum_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr,
     M, N, K, stride_om,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Codes by codes, summed in int32: (products - sum(x) * zero_point) * step * scale + bias."""
     tile_m, tile_n = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -197,8 +196,8 @@ def matmul_int8(
 @triton.jit
 def expand_rows(
     w_ptr, scale_ptr, zero_ptr, indices_ptr, out_ptr, N, K, TABLE,
-    HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, LOOK_UP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOOK_UP: tl.constexpr,
 ):  # fmt: skip
     """(codes - zero_point) * scale in one pass, of every row or (LOOK_UP) of those at N indices into TABLE rows."""
     places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -36,6 +36,12 @@ def test_every_kernel_is_right_in_the_interpreter():
 
 
 @needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_every_kernel_is_right_on_a_gpu():
+    assert "right" in run("triton_interpreter")
+
+
+@needs_triton
 @pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel_compiles_without_spills(card, tmp_path):
     lines = run("triton_ahead", card, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
