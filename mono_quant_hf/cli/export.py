@@ -17,6 +17,7 @@ Write a model quantized by mono_quant_hf so that other engines load it:
   compressed-tensors  vLLM, SGLang and transformers; the same codes and scales
   bitsandbytes        transformers with bitsandbytes (LLM.int8); symmetric weights only
   gguf                llama.cpp, as Q8_0; models of type llama, mistral, qwen2 and qwen3
+  onnx                ONNX Runtime and OpenVINO; models of text and pictures, without a cache
 
 What a format has no form for is written in float, and said.
 """
@@ -25,6 +26,7 @@ examples:
   mono-quant-hf export model-int8 model-ct --format compressed-tensors
   mono-quant-hf export model-int8 model-w8a8 --format compressed-tensors --activations int8
   mono-quant-hf export me/model-int8 model.gguf --format gguf
+  mono-quant-hf export encoder-int8 encoder-onnx --format onnx --activations int8
 """
 
 
@@ -32,7 +34,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """Add `export` to the subcommands."""
     command = commands.add_parser(
         "export",
-        help="write a quantized model for vLLM, SGLang, bitsandbytes or llama.cpp",
+        help="write a quantized model for vLLM, SGLang, bitsandbytes, llama.cpp or ONNX Runtime",
         description=DESCRIPTION,
         epilog=EPILOG,
     )
@@ -42,7 +44,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--activations",
         choices=["int8"],
-        help="compressed-tensors: int8 activations, quantized while it runs",
+        help="compressed-tensors, onnx: int8 activations, quantized while it runs",
     )
     command.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
     add_json_argument(command)
@@ -52,8 +54,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def run(arguments: argparse.Namespace) -> int:
     """Export; the exit code is 0, or a CommandError says why not."""
     check_output_files(arguments.json, destination=arguments.destination)
-    if arguments.activations and arguments.format != "compressed-tensors":
-        raise CommandError("--activations is for --format compressed-tensors; leave it out.")
+    if arguments.activations and arguments.format not in ("compressed-tensors", "onnx"):
+        raise CommandError("--activations is for --format compressed-tensors and onnx; leave it out.")
     options = {"activations": arguments.activations} if arguments.activations else {}
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     export(

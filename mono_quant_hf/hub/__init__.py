@@ -6,6 +6,7 @@ from .export import export
 from .export_bitsandbytes import export_bitsandbytes
 from .export_compressed_tensors import export_compressed_tensors
 from .export_gguf import export_gguf
+from .export_onnx import export_onnx
 from .importing import quantize_checkpoint
 from .measurements import Evaluation
 from .push import push_to_hub
@@ -20,6 +21,7 @@ __all__ = [
     "export_bitsandbytes",
     "export_compressed_tensors",
     "export_gguf",
+    "export_onnx",
     "model_card",
     "push_to_hub",
     "quantize_checkpoint",

@@ -11,8 +11,9 @@ from .errors import HubError
 from .export_bitsandbytes import export_bitsandbytes
 from .export_compressed_tensors import export_compressed_tensors
 from .export_gguf import export_gguf
+from .export_onnx import export_onnx
 
-FORMATS = ("compressed-tensors", "bitsandbytes", "gguf")
+FORMATS = ("compressed-tensors", "bitsandbytes", "gguf", "onnx")
 
 
 def export(
@@ -29,10 +30,11 @@ def export(
     Args:
         model: the model, or its folder or name on the Hub.
         destination: a folder; for `"gguf"` a file.
-        format: `"compressed-tensors"` (vLLM, SGLang, transformers), `"bitsandbytes"` or `"gguf"` (llama.cpp).
+        format: `"compressed-tensors"` (vLLM, SGLang, transformers), `"bitsandbytes"`, `"gguf"` (llama.cpp) or `"onnx"`
+            (ONNX Runtime, OpenVINO).
         tokenizer: saved along; a folder brings its own.
         overwrite: replace a checkpoint, or for `"gguf"` a file, that this package wrote.
-        options: those of `export_compressed_tensors`, `export_bitsandbytes` or `export_gguf`.
+        options: those of `export_compressed_tensors`, `export_bitsandbytes`, `export_gguf` or `export_onnx`.
 
     Raises:
         HubError: the format is unknown, or as the function of the format.
@@ -59,6 +61,7 @@ def export(
         "compressed-tensors": export_compressed_tensors,
         "bitsandbytes": export_bitsandbytes,
         "gguf": export_gguf,
+        "onnx": export_onnx,
     }
     if format not in exporters:
         raise HubError(f"There is no export to {format!r}; choose one of {', '.join(FORMATS)}.")
