@@ -27,7 +27,7 @@ demo: $(VENV)/.demo  ## quantize a real language model, and say what it costs an
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-peers: $(VENV)/.peers  ## run what the README says of torchao and optimum-quanto with them
+test-peers: $(VENV)/.peers  ## run what is said of torchao and optimum-quanto with them
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/test_peers.py tests/test_readme.py $(ARGS)
 
 test-engines: $(VENV)/.test $(VENV)-vllm/.made  ## serve models with vLLM, in an environment of its own (2 GB)
