@@ -39,7 +39,7 @@ test-gpu:  ## run kernels and models on the GPU of this machine, with the torch 
 test-sweep: $(VENV)/.test  ## quantize a tiny model of each class that transformers has, a few hundred, and report (an hour)
 	$(BIN)/python -m tests.integration.sweep $(ARGS)
 
-test-versions:  ## run them with the oldest torch, transformers and accelerate, with vLLM's, and with the newest, in environments of their own
+test-versions:  ## run the tests with the oldest torch, transformers and accelerate, with vLLM's, and with the newest, in environments of their own
 	$(PYTHON) .ci/test_versions.py $(ARGS)
 
 # valgrind knows no AVX-512, so that the kernels are compiled for a processor without; the first run fills their cache.
