@@ -7,11 +7,6 @@ The table is what `python examples/benchmark.py` printed; the text above it has 
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 HERE = Path(__file__).resolve().parent
 TABLE = HERE.parent / "mono_quant_hf" / "kernels" / "README.md"
 PICTURE = HERE / "plots" / "size-speed-accuracy.png"
@@ -43,6 +38,8 @@ def figures() -> dict[str, tuple[float, float, float]]:
 
 
 def draw(found: dict[str, tuple[float, float, float]]) -> None:
+    from matplotlib.figure import Figure
+
     names = [name for name in ROWS if name in found]
     reference = found["float32"][2]
     panels = (
@@ -51,7 +48,8 @@ def draw(found: dict[str, tuple[float, float, float]]) -> None:
         ("perplexity, % over float32", [100 * (found[name][2] / reference - 1) for name in names], "{:.2f}"),
     )
     colors = [FLOAT, OURS, OURS, *[OTHERS] * (len(names) - 3)]
-    figure, axes = pyplot.subplots(1, 3, figsize=(9, 2.3), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 2.3), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     for axis, (title, values, form) in zip(axes, panels, strict=True):
         bars = axis.barh([ROWS[name] for name in names], values, color=colors)
         axis.bar_label(bars, labels=[form.format(value) for value in values], padding=3, fontsize=8)

@@ -3,6 +3,7 @@
 import collections
 import importlib
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -160,6 +161,42 @@ def test_links_lead_somewhere(document):
         assert f"/{file.relative_to(ROOT).parts[0]}" in [*shipped["include"], "/README.md", "/LICENSE"], (
             target
         )
+
+
+OF_OTHERS = {
+    "compressed_tensors_w8a8_int8",
+    "compressed_tensors_wNa16",
+    "llm_int8_enable_fp32_cpu_offload",
+    "max_memory_percent",
+    "prepare_model_for_kbit_training",
+    "test_readme",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
+"""Names that are in no file but this."""
+
+
+@pytest.fixture(scope="module")
+def names_here():
+    """All names in the code, and those of its files."""
+    parts = ("mono_quant_hf", "tests", "examples", "model_cards", ".ci")
+    files = [file for part in parts for file in (ROOT / part).rglob("*.py") if file != Path(__file__)]
+    return {
+        word
+        for file in files
+        for word in re.findall(r"\w+", f"{file.stem} {file.read_text(encoding='utf-8')}")
+    }
+
+
+@EACH
+def test_names_in_the_text_are_there(document, names_here):
+    code = " ".join(re.findall(r"`([^`\n]+)`", FENCE.sub("", DOCUMENTS[document])))
+    assert set(re.findall(r"\b[A-Za-z]\w*_\w+", code)) - names_here <= OF_OTHERS
+
+
+def test_the_picture_draws_what_the_table_says():
+    figures = runpy.run_path(str(ROOT / "model_cards" / "picture.py"))
+    assert {*figures["figures"]()} == {*figures["ROWS"]}
+    assert figures["PICTURE"].relative_to(ROOT).as_posix() in README
 
 
 def test_every_document_is_found_from_the_readme():
