@@ -27,7 +27,7 @@ demo: $(VENV)/.demo  ## quantize a real language model, and say what it costs an
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-peers: $(VENV)/.peers  ## run what the README says of torchao and optimum-quanto with them
+test-peers: $(VENV)/.peers  ## run what is said of torchao and optimum-quanto with them
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/test_peers.py tests/test_readme.py $(ARGS)
 
 test-engines: $(VENV)/.test $(VENV)-vllm/.made  ## serve models with vLLM, in an environment of its own (2 GB)
@@ -39,7 +39,7 @@ test-gpu:  ## run kernels and models on the GPU of this machine, with the torch 
 test-sweep: $(VENV)/.test  ## quantize a tiny model of each class that transformers has, a few hundred, and report (an hour)
 	$(BIN)/python -m tests.integration.sweep $(ARGS)
 
-test-versions:  ## run them with the oldest torch, transformers and accelerate, with vLLM's, and with the newest, in environments of their own
+test-versions:  ## run the tests with the oldest torch, transformers and accelerate, with vLLM's, and with the newest, in environments of their own
 	$(PYTHON) .ci/test_versions.py $(ARGS)
 
 # valgrind knows no AVX-512, so that the kernels are compiled for a processor without; the first run fills their cache.

@@ -1,4 +1,4 @@
-"""The table of the README that compares with other libraries: each of its plain words is what this finds.
+"""The table that compares with other libraries, in the README of the integration: its plain words are what this finds.
 
 A cell with a link has its source behind the link, and a `?` is what nobody has tried.
 """
@@ -21,7 +21,8 @@ from tests.integration.families import FAMILIES
 from tests.peers import PEERS, bytes_per_value, stored_bytes
 from tests.tiny_models import TOKENS, logits, relative_error
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+FOLDER = Path(__file__).parents[1] / "mono_quant_hf" / "integration"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
 SPLIT = {
     "model.embed_tokens": "cpu",
     "model.rotary_emb": "cpu",
@@ -307,7 +308,7 @@ def test_every_other_cell_has_a_source_or_is_open():
     assert set(ROWS) <= {row for row, _ in CELLS} and {row for row, _ in PLAIN} == set(ROWS)
     sources = dict(re.findall(r"^\[([\w-]+)\]: (https://\S+)$", README, flags=re.M))
     for key, cell in CELLS.items():
-        link = re.fullmatch(r"\[[\w -]+\](?:\[([\w-]+)\]|\(#[\w-]+\))", cell)
+        link = re.fullmatch(r"\[[\w -]+\](?:\[([\w-]+)\]|\([\w./]+\))", cell)
         assert key in PLAIN or cell == "?" or link, (key, cell)
         assert not (link and link[1]) or link[1] in sources, (key, cell)
 
