@@ -86,9 +86,9 @@ def export_onnx(
         model, source = load_quantized(model)
     if not any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise HubError(f"{type(model).__name__} is not quantized by mono_quant_hf; quantize it first.")
-    quantized = model
+    quantized: Any = model
     if model.device.type != "cpu" or model.dtype != torch.float32:
-        quantized = copy.deepcopy(model).to("cpu", torch.float32)
+        quantized = copy.deepcopy(quantized).to("cpu", torch.float32)
     program = _exported(quantized, inputs or _example(quantized), activations)
     with written_beside(destination, overwrite, source) as folder:
         program.save(folder / FILE)
