@@ -35,10 +35,10 @@ class Tile:
     warps: int = 4
     stages: int = 3
 
-    def options(self, weight_bytes: int) -> dict[str, int]:
-        """Of a launch: as many stages as the shared memory of the smallest cards holds, by bytes of a weight."""
-        of_one = self.k * (2 * self.m + weight_bytes * self.n)
-        return {"num_warps": self.warps, "num_stages": max(min(self.stages, SHARED_BYTES // of_one), 1)}
+    def options(self, x_bytes: int, weight_bytes: int, shared: int = SHARED_BYTES) -> dict[str, Any]:
+        """Of a launch: as many stages as there is shared memory for, by the bytes of an element of x and the weight."""
+        of_one = self.k * (x_bytes * self.m + weight_bytes * self.n)
+        return {"num_warps": self.warps, "num_stages": max(min(self.stages, shared // of_one), 1)}
 
 
 TILES: dict[str, list[tuple[int, Tile, Tile]]] = {
@@ -63,14 +63,21 @@ INT8_TILES: dict[str, list[tuple[int, Tile, Tile]]] = {
     "cuda": [
         (32, Tile(32, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4)),
         (128, Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4)),
-        (512, Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+        (512, Tile(64, 128, 128, 4, 4), Tile(128, 128, 128, 8, 3)),
+        (1024, Tile(128, 128, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
+    ],
+    "sm_90": [
+        (32, Tile(32, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4)),
+        (128, Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4)),
+        (512, Tile(64, 128, 128, 4, 4), Tile(128, 128, 128, 8, 3)),
+        (1024, Tile(128, 256, 128, 8, 3), Tile(128, 256, 128, 8, 3)),
     ],
     "hip": [
         (32, Tile(32, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2)),
         (128, Tile(64, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     ],
 }
-"""The same for int8 activations."""
+"""The same for int8 activations; by architecture where it has tiles of its own."""
 VECTOR_TILE = Tile(1, 4, 1024, 4, 2)
 EXPANSION_TILE = Tile(1, 16, 1024, 8, 1)
 GROUP_M = 8
@@ -101,9 +108,24 @@ def _why_missing(device: torch.device) -> str:
     return ""
 
 
-def backend() -> str:
-    """The key of `TILES`."""
-    return "cuda" if torch.version.hip is None else "hip"
+@lru_cache(maxsize=64)
+def _architecture(device: torch.device) -> tuple[str, ...]:
+    """Keys of `TILES`, the first that is there counts."""
+    if torch.version.hip is not None:
+        return ("hip",)
+    if device.type != "cuda":
+        return ("cuda",)
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)), "cuda"
+
+
+@lru_cache(maxsize=64)
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return SHARED_BYTES
+    return int(
+        getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_BYTES)
+    )
 
 
 def _kernels() -> Any:
@@ -112,8 +134,10 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def _tile(table: dict[str, list[tuple[int, Tile, Tile]]], tokens: int, rows: int) -> Tile:
-    tiles = table[backend()]
+def _tile(
+    table: dict[str, list[tuple[int, Tile, Tile]]], device: torch.device, tokens: int, rows: int
+) -> Tile:
+    tiles = next(table[key] for key in _architecture(device) if key in table)
     _, few, many = next((row for row in tiles if tokens <= row[0]), tiles[-1])
     return many if rows >= MANY_ROWS else few
 
@@ -152,7 +176,8 @@ def _cut(kernel: str, given: dict[str, Any]) -> tuple[Tile, tuple[int, int, int]
     if kernel == "expand_rows":
         return EXPANSION_TILE, (_parts(n, EXPANSION_TILE.n), _parts(k, EXPANSION_TILE.k), 1)
     m, experts = given["M"], given.get("EXPERTS", 0)
-    tile = _tile(TILES if kernel == "matmul" else INT8_TILES, _parts(m, experts or 1), n * (experts or 1))
+    table, device = TILES if kernel == "matmul" else INT8_TILES, given["w_ptr"].device
+    tile = _tile(table, device, _parts(m, experts or 1), n * (experts or 1))
     tiles = _parts(m, tile.m) + min(m, experts)  # each expert may leave one tile half empty
     return tile, (tiles * _parts(n, tile.n), 1, 1)
 
@@ -196,9 +221,8 @@ def _launch(kernel: str, tensors: tuple[Tensor | None, ...], integers: tuple[int
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         }  # fmt: skip
         values = {name: values[name] for name in function.arg_names if name in values}
-        options = tile.options(
-            first.element_size() if "w_ptr" not in given else given["w_ptr"].element_size()
-        )
+        weight = given.get("w_ptr", first)
+        options = tile.options(first.element_size(), weight.element_size(), _shared(first.device))
         if values.get("LOOK_UP"):
             options |= CHECKED
         compiled = function[grid](*tensors, *integers, **values, **options)

@@ -19,6 +19,8 @@ from triton.compiler import ASTSource
 
 from mono_quant_hf.kernels import gpu, triton_kernels
 
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+"""Bytes of shared memory that a program may take."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -32,7 +34,7 @@ def tiles(table: list[tuple[int, gpu.Tile, gpu.Tile]]) -> list[gpu.Tile]:
     return list(dict.fromkeys(tile for _, *both in table for tile in both))
 
 
-def configurations(backend: str, dtype: str) -> Iterator[tuple[Any, dict[str, Any], gpu.Tile, str]]:
+def configurations(architecture: str, backend: str) -> Iterator[tuple[Any, dict[str, Any], gpu.Tile, str]]:
     """Each kernel with its constants, its tile and the type of its weight, as `gpu` launches it."""
     flags = {"HAS_ZERO": True, "HAS_BIAS": True, "EVEN_K": True}
     for weight, scaled in (("i8", True), ("fp16", False)):
@@ -41,14 +43,14 @@ def configurations(backend: str, dtype: str) -> Iterator[tuple[Any, dict[str, An
             (triton_kernels.matvec, gpu.VECTOR_TILE, {"HAS_BIAS": True, "EVEN_K": True}),
             *(
                 (triton_kernels.matmul, tile, {"HAS_BIAS": not grouped, "EVEN_K": True, "GROUPED": grouped})
-                for tile in tiles(gpu.TILES[backend])
+                for tile in tiles(gpu.TILES.get(architecture) or gpu.TILES[backend])
                 for grouped in (False, True)
             ),
             (triton_kernels.expand_rows, gpu.EXPANSION_TILE, {"LOOK_UP": False}),
             (triton_kernels.expand_rows, gpu.EXPANSION_TILE, {"LOOK_UP": True}),
         ):
             yield kernel, given | constants, tile, weight
-    for tile in tiles(gpu.INT8_TILES[backend]):
+    for tile in tiles(gpu.INT8_TILES.get(architecture) or gpu.INT8_TILES[backend]):
         yield triton_kernels.matmul_int8, flags, tile, "i8"
     yield triton_kernels.round_tokens, {"BLOCK_K": 1024}, gpu.Tile(1, 1, 1024), "i8"
 
@@ -100,9 +102,13 @@ def cost(compiled: Any, backend: str) -> dict[str, int]:
 
 def main(name: str, dtype: str = "bf16") -> int:
     gpu_target, bad = target(name), 0
-    for kernel, constants, tile, weight in configurations(gpu_target.backend, dtype):
+    for kernel, constants, tile, weight in configurations(name, gpu_target.backend):
         ahead = source(kernel, constants, tile, weight, dtype)
-        options = tile.options(2 if weight == "fp16" else 1)
+        options = tile.options(
+            1 if kernel is triton_kernels.matmul_int8 else 2,
+            2 if weight == "fp16" else 1,
+            SHARED.get(name, gpu.SHARED_BYTES),
+        )
         if constants.get("LOOK_UP"):
             options |= gpu.CHECKED
         compiled = triton.compile(ahead, target=gpu_target, options=options)
