@@ -6,15 +6,14 @@ Never more than a block is expanded at a time, forward and backward. Needs nothi
 import torch
 from torch import Tensor
 
-from .expansion import expand_into
-from .rows import part_of, slices, without_autocast
+from .codes import expand_into
+from .operands import Column
+from .portable import part_of, slices, without_autocast
 
 BLOCK_BYTES = 32 << 20  # of expanded weight; less starts more parallel loops, and a narrow matmul is slower
 
 
-def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scale: Column, zero_point: Column, bias: Column) -> Tensor:
     """`x Wᵀ + b` in float32, in x's dtype at the end. No gradient; on the CPU."""
     n, k = weight.shape
     flat = x.reshape(-1, k).float()
@@ -32,7 +31,7 @@ def linear(
     return out.to(x.dtype).reshape(*x.shape[:-1], n)
 
 
-def backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+def backward(grad: Tensor, weight: Tensor, scale: Column, zero_point: Column) -> Tensor:
     """`grad W` in float32, in grad's dtype at the end."""
     n, k = weight.shape
     flat = grad.reshape(-1, n).float()

@@ -104,20 +104,33 @@ def choose(x: Tensor, weight: Tensor, activations: str | None = None) -> Choice:
         >>> choose(torch.ones(1, 8, device="meta"), torch.ones(4, 8, dtype=torch.int8, device="meta"))
         Choice(name='portable', reason='the device is meta')
     """
-    n, k = weight.shape
-    tokens = x.numel() // k if k else 0
     refused = ""
     if activations is not None:
-        int8 = decide_int8(x.device.type, x.dtype, weight.dtype, tokens, n, k, is_small(n, k), _setting)
-        if int8.name == "int8":
+        int8 = decide_int8_for(x, weight)
+        if int8.name:
             return int8
         refused = f"no int8 activations, as {int8.reason}; "
-    contiguous = weight.is_contiguous()
-    choice = decide(str(x.device), x.dtype, weight.dtype, tokens, contiguous, is_small(n, k), _setting)
+    choice = decide_for(x, weight)
     return Choice(choice.name, refused + choice.reason)
 
 
-def is_small(n: int, k: int) -> bool:
+def decide_for(x: Tensor, weight: Tensor, usual: bool = False) -> Choice:
+    """`decide` for these operands: `usual` is what `operands.check` gave."""
+    n, k = weight.shape
+    tokens = x.numel() // k if k else 0
+    device = "cpu" if usual or x.is_cpu else str(x.device)
+    contiguous = usual or weight.is_contiguous()
+    return decide(device, x.dtype, weight.dtype, tokens, contiguous, _is_small(n, k), _setting)
+
+
+def decide_int8_for(x: Tensor, weight: Tensor) -> Choice:
+    """`decide_int8` for these operands."""
+    n, k = weight.shape
+    tokens = x.numel() // k if k else 0
+    return decide_int8(x.device.type, x.dtype, weight.dtype, tokens, n, k, _setting)
+
+
+def _is_small(n: int, k: int) -> bool:
     """Whether calling a kernel takes longer than its arithmetic, in whichever way."""
     return n * k <= 4096
 
@@ -158,7 +171,6 @@ def decide_int8(
     tokens: int,
     n: int,
     k: int,
-    small: bool,
     setting: str,
 ) -> Choice:
     """The way "int8" where int8 activations can be had and pay, else a Choice without a name, and the reason."""
@@ -179,7 +191,7 @@ def decide_int8(
             return _no_gain("torch's integer matmul is not exact on this processor")
         if setting == "int8":
             return Choice("int8", "it was asked for")
-        if small:
+        if _is_small(n, k):
             return Choice("", "the weight is small")
         if not has_units():
             return _no_gain("this processor has no int8 matrix instructions")
@@ -188,6 +200,8 @@ def decide_int8(
         if n % 8 or k % 8:
             return Choice("", f"{n} x {k} are no multiples of 8")
         return Choice("int8", "int8 products in hardware")
+    if device == "meta":
+        return Choice("", "the device is meta")
     return _no_gain(f"the device is {device}")
 
 

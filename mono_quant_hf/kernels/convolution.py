@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .expansion import expand
-from .portable import compute_dtype, keep
-from .rows import without_autocast
+from .codes import expand
+from .operands import Column
+from .portable import compute_dtype, without_autocast
 
 
 def convolution(
@@ -59,12 +59,7 @@ def convolution(
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    geometry: tuple[Any, ...],
+    x: Tensor, weight: Tensor, scale: Column, zero_point: Column, bias: Column, geometry: tuple[Any, ...]
 ) -> Tensor:
     dtype = compute_dtype(x)
     with without_autocast(x.device):
@@ -81,13 +76,13 @@ class _Convolution(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-        bias: Tensor | None,
+        scale: Column,
+        zero_point: Column,
+        bias: Column,
         geometry: tuple[Any, ...],
     ) -> Tensor:
-        keep(ctx, weight, scale, zero_point, bias)
-        ctx.geometry = geometry
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.geometry, ctx.bias_dtype = geometry, None if bias is None else bias.dtype
         ctx.input_like = (x.shape, x.dtype)
         return _forward(x, weight, scale, zero_point, bias, geometry)
 

@@ -225,8 +225,7 @@ def linear(
     else:
         out = x.new_empty(*shape[:-1], n)
     if n:
-        name = "linear_floats" if way == "float" else "linear_integers"
-        _enter(name, weight, scale, zero_point, bias, x, out, outlier_columns)
+        _enter(way, weight, scale, zero_point, bias, x, out, outlier_columns)
     return out.to(given) if given is torch.float16 else out
 
 
@@ -256,7 +255,7 @@ def _enter(
 ) -> None:
     """Call the entry of this name in a workspace as large as it asks for. Every tensor is without gaps."""
     assert _runtime.compiled is not None, "choice.py asks for a compiled way only where load() gave one"
-    entry = getattr(_runtime.compiled, name)
+    entry = _runtime.compiled.ENTRIES[name]
     n, k = weight.shape
     given = (
         _runtime.launcher,

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from mono_quant_hf import kernels
 from mono_quant_hf.kernels.convolution import convolution
-from mono_quant_hf.kernels.plain import is_plain
+from mono_quant_hf.kernels.operands import is_plain
 
 _ATEN = torch.ops.aten
 

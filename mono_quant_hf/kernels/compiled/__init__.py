@@ -15,17 +15,12 @@ from .integers import LONGEST_BYTES, linear_integers
 from .tiles import BYTE_UNITS, HALF, VECTOR_BYTES, X86
 from .workspace import LEAST_ROOM
 
-__all__ = [
-    "BYTE_UNITS",
-    "CACHE",
-    "HALF",
-    "LEAST_ROOM",
-    "LONGEST_BYTES",
-    "VECTOR_BYTES",
-    "X86",
-    "encode",
-    "expand",
-    "linear_floats",
-    "linear_integers",
-]
+__all__ = ["BYTE_UNITS", "CACHE", "ENTRIES", "HALF", "LEAST_ROOM", "LONGEST_BYTES", "VECTOR_BYTES", "X86"]
+ENTRIES = {
+    "float": linear_floats,
+    "int16": linear_integers,
+    "int8": linear_integers,
+    "expand": expand,
+    "encode": encode,
+}
 CACHE.seal()
