@@ -231,7 +231,7 @@ def linear(
 
 def expand(weight: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor) -> Tensor:
     """`(weight - zero_point) * scale` into `out`, float32: codes without gaps, a scale for each row."""
-    _enter("expand", weight.view(len(weight), -1), scale, zero_point, None, None, out)
+    _enter("expand", weight, scale, zero_point, None, None, out)
     return out
 
 
@@ -240,7 +240,7 @@ def encode(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | No
 
     A scale that is not finite says that the row has no range; its codes are not written.
     """
-    _enter("encode", weight.view(len(weight), -1), scale, zero_point, None, None, codes)
+    _enter("encode", weight, scale, zero_point, None, None, codes)
 
 
 def _enter(
@@ -256,7 +256,8 @@ def _enter(
     """Call the entry of this name in a workspace as large as it asks for. Every tensor is without gaps."""
     assert _runtime.compiled is not None, "choice.py asks for a compiled way only where load() gave one"
     entry = _runtime.compiled.ENTRIES[name]
-    n, k = weight.shape
+    n = weight.shape[0]
+    k = weight.numel() // n
     given = (
         _runtime.launcher,
         _threads(),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .instructions import bits_to_float, float_at, inline, int8_at, int32_at
+from .instructions import at, inline, same_bits
 from .workspace import LITTLE, begin, by_chunks, entry, lay_out, rows_in_chunk
 
 
@@ -32,10 +32,10 @@ def _by_rows(body):
 
 @_by_rows
 def _expand(a, row):
-    codes, out = int8_at(a.weight + a.k * row), float_at(a.out + 4 * a.k * row)
-    scale, zero_point = float_at(a.scale)[row], np.int32(0)
+    codes, out = at(np.int8, a.weight + a.k * row), at(np.float32, a.out + 4 * a.k * row)
+    scale, zero_point = at(np.float32, a.scale)[row], np.int32(0)
     if a.zero_point != 0:
-        zero_point = np.int32(int8_at(a.zero_point)[row])
+        zero_point = np.int32(at(np.int8, a.zero_point)[row])
     for i in range(a.k):
         out[i] = np.float32(np.int32(np.int32(codes[i]) - zero_point)) * scale
 
@@ -59,7 +59,7 @@ def _ordered(bits):
 @inline
 def _range(row, k):
     """The least and the largest of 0 and the floats of a row, as `_ordered` gives them."""
-    bits = int32_at(row)
+    bits = at(np.int32, row)
     least = most = np.int32(0)
     for i in range(k):
         key = _ordered(bits[i])
@@ -69,7 +69,7 @@ def _range(row, k):
 
 @inline
 def _round(row, k, codes, scale, zero_point, lowest):
-    source, target = float_at(row), int8_at(codes)
+    source, target = at(np.float32, row), at(np.int8, codes)
     inverse = np.float32(1.0) / scale
     for i in range(k):
         step = np.float32(np.rint(source[i] * inverse) + zero_point)
@@ -81,9 +81,9 @@ def _encode(a, row):
     values = a.weight + 4 * a.k * row
     least, most = _range(values, a.k)
     if most >= _MOST_KEY or least <= _LEAST_KEY:
-        float_at(a.scale)[row] = np.float32(np.nan)
+        at(np.float32, a.scale)[row] = np.float32(np.nan)
         return
-    low, high = bits_to_float(_ordered(least)), bits_to_float(_ordered(most))
+    low, high = same_bits(np.float32, _ordered(least)), same_bits(np.float32, _ordered(most))
     scale, zero_point, lowest = np.float32(1.0), np.float32(0.0), np.float32(-127.0)
     if a.zero_point == 0:
         if low != high:
@@ -94,8 +94,8 @@ def _encode(a, row):
             scale = max((high - low) / np.float32(255.0), _TINY)
             zero_point = np.rint(np.float32(-128.0) - low / scale)
             zero_point = min(max(zero_point, lowest), np.float32(127.0))
-        int8_at(a.zero_point)[row] = np.int8(np.int32(zero_point))
-    float_at(a.scale)[row] = scale
+        at(np.int8, a.zero_point)[row] = np.int8(np.int32(zero_point))
+    at(np.float32, a.scale)[row] = scale
     _round(values, a.k, a.out + a.k * row, scale, zero_point, lowest)
 
 

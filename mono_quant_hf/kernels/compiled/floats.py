@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from .instructions import double_at, float_at, inline_summing, int8_at
+from .instructions import at, inline, inline_summing
 from .tiles import CODES, HALF, HALVES, NOTHING, ROWS, TOKENS, dots
 from .workspace import LITTLE, begin, by_chunks, entry, finish, lay_out, rows_in_chunk, widen, x_bytes, zero
 
 
 @inline_summing
 def _sum(x, k):
-    values = float_at(x)
+    values = at(np.float32, x)
     total = 0.0
     for i in range(k):
         total += np.float64(values[i])
@@ -19,7 +19,7 @@ def _sum(x, k):
 @inline_summing
 def plain_dot(w, x, k, zero_point):
     """One dot product as float arithmetic has it, NaN and infinity included."""
-    codes, values = int8_at(w), float_at(x)
+    codes, values = at(np.int8, w), at(np.float32, x)
     total = np.float32(0.0)
     for i in range(k):
         total += values[i] * (np.float32(codes[i]) - np.float32(zero_point))
@@ -27,10 +27,10 @@ def plain_dot(w, x, k, zero_point):
 
 
 def _by_rows(kind):
-    add, w_bytes = dots(kind), kind.w_bytes
+    add, w_bytes, codes = inline(dots(kind)), kind.w_bytes, kind == CODES
 
     def body(a, first, last, sums):
-        k, m, dot, totals = a.k, a.m, float_at(sums), double_at(a.sums)
+        k, m, dot, totals = a.k, a.m, at(np.float32, sums), at(np.float64, a.sums)
         token = 0
         while token < m:
             tokens = TOKENS if m - token >= TOKENS else 1
@@ -44,8 +44,8 @@ def _by_rows(kind):
                 for r in range(rows):
                     for t in range(tokens):
                         total = np.float64(dot[t * rows + r])
-                        if a.zero_point != 0:
-                            zero_point = np.float64(int8_at(a.zero_point)[row + r])
+                        if codes and a.zero_point != 0:
+                            zero_point = np.float64(at(np.int8, a.zero_point)[row + r])
                             total -= zero_point * totals[token + t]
                             if not np.isfinite(total):
                                 total = plain_dot(w + k * r, x + 4 * k * t, k, zero_point)
@@ -71,7 +71,7 @@ def linear_floats(address, room, given):
     for token in range(a.m):
         values = widen(a, token)
         if a.zero_point != 0:
-            double_at(a.sums)[token] = _sum(values, a.k)
+            at(np.float64, a.sums)[token] = _sum(values, a.k)
     if a.scale == 0:
         _halves_pass(a, a.threads, a.n, rows_in_chunk(a, a.k))
     else:

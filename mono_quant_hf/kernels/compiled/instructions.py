@@ -49,28 +49,25 @@ HALF_FLOAT, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 _OPAQUE = I8.as_pointer()
 
 
-def _pointer(dtype: Any) -> Any:
-    @instruction(types.CPointer(dtype), types.int64)
-    def pointer(context, builder, address):
-        return builder.inttoptr(address, context.get_value_type(types.CPointer(dtype)))
+@intrinsic
+def at(typing_context, dtype, address):
+    """The numbers of this dtype in memory: `at(np.float32, address)[i]`."""
+    pointer = types.CPointer(dtype.dtype)
 
-    return pointer
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[1], context.get_value_type(pointer))
 
-
-int8_at, int16_at, int32_at, int64_at = (_pointer(getattr(types, f"int{bits}")) for bits in (8, 16, 32, 64))
-uint8_at, uint16_at, float_at, double_at = map(
-    _pointer, (types.uint8, types.uint16, types.float32, types.float64)
-)
+    return pointer(dtype, types.int64), generate
 
 
-@instruction(types.float32, types.int32)
-def bits_to_float(context, builder, bits):
-    return builder.bitcast(bits, FLOAT)
+@intrinsic
+def same_bits(typing_context, dtype, value):
+    """The number of this dtype, as large as that of `value`, that has its bits."""
 
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[1], context.get_value_type(dtype.dtype))
 
-@instruction(types.int32, types.float32)
-def float_to_bits(context, builder, value):
-    return builder.bitcast(value, I32)
+    return dtype.dtype(dtype, value), generate
 
 
 @instruction(types.int64, types.int64)

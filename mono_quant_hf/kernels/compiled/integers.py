@@ -6,20 +6,7 @@ Codes of x have 16 bits; or 8, but for the few columns of outliers (int8 activat
 import numpy as np
 
 from .floats import plain_dot
-from .instructions import (
-    bits_to_float,
-    double_at,
-    float_at,
-    inline,
-    inline_always,
-    inline_summing,
-    int8_at,
-    int16_at,
-    int32_at,
-    int64_at,
-    prefetch,
-    uint8_at,
-)
+from .instructions import at, inline, inline_always, inline_summing, prefetch, same_bits
 from .tiles import BYTES, INT16, LANES, NOTHING, ROWS, TOKENS, dots, scale_dots
 from .workspace import (
     FLOAT32,
@@ -27,7 +14,6 @@ from .workspace import (
     begin,
     by_chunks,
     entry,
-    finish,
     lay_out,
     next_chunk,
     own_slice,
@@ -51,18 +37,19 @@ LONGEST_BYTES = 13_000 * LANES
 _FEWEST_STEPS = 256.0
 _PEAK_COLUMNS = 256  # of x, whose peaks a worker finds at once
 
-_add_int16, _add_bytes = dots(INT16), dots(BYTES, INT16)
+_add_int16 = inline(dots(INT16))
+_add_bytes = inline_always(dots(BYTES, INT16))  # a call with so many numbers costs as much as a short product
 _FEW_WIDE = INT16.wide
 
 
 # ---------------------------------------------------------------- the codes of x: 16 bits
 
 
-def _rounding(codes_at, integer, offset, sum_type):
+def _rounding(integer, offset, sum_type):
     @inline
     def quantize(values, k, codes, inverse):
         """codes = round(values * inverse) + offset; the sum of the codes without the offset."""
-        source, target = float_at(values), codes_at(codes)
+        source, target = at(np.float32, values), at(integer, codes)
         total = sum_type(0)
         for i in range(k):
             code = np.int32(np.rint(source[i] * inverse))
@@ -73,14 +60,14 @@ def _rounding(codes_at, integer, offset, sum_type):
     return quantize
 
 
-_quantize = _rounding(int16_at, np.int16, 0, np.int64)
-_quantize_bytes = _rounding(uint8_at, np.uint8, 128, np.int32)
+_quantize = _rounding(np.int16, 0, np.int64)
+_quantize_bytes = _rounding(np.uint8, 128, np.int32)
 
 
 @inline
 def _quantize_rest(values, k, codes, step, rest, rest_step):
     """The second plane: what `codes` left of `values`, at most half a step, as codes of its own."""
-    source, first, target = float_at(values), int16_at(codes), int16_at(rest)
+    source, first, target = at(np.float32, values), at(np.int16, codes), at(np.int16, rest)
     inverse = np.float32(1.0) / rest_step
     total = np.int64(0)
     for i in range(k):
@@ -95,7 +82,7 @@ def _quantize_rest(values, k, codes, step, rest, rest_step):
 @inline_summing
 def _size(x, k):
     """(bits of the largest |x|, sum of |x|). As integers, absolute floats keep their order, NaN on top."""
-    bits, values = int32_at(x), float_at(x)
+    bits, values = at(np.int32, x), at(np.float32, x)
     most = np.int32(0)
     total = np.float32(0.0)
     for i in range(k):
@@ -108,14 +95,14 @@ def _size(x, k):
 def _int16_pass(a, token, _, own):
     k, m = a.k, a.m
     values = widen(a, token)
-    steps, sums = float_at(a.steps), double_at(a.sums)
+    steps, sums = at(np.float32, a.steps), at(np.float64, a.sums)
     bits, total = _size(values, k)
-    largest = bits_to_float(bits)
+    largest = same_bits(np.float32, bits)
     steps[m + token] = np.float32(0.0)
     codes = a.int16_codes + 2 * k * token
     if bits == 0:
         steps[token], sums[token] = np.float32(0.0), 0.0
-        target = int16_at(codes)
+        target = at(np.int16, codes)
         for i in range(k):
             target[i] = np.int16(0)
         return
@@ -135,9 +122,9 @@ def _int16_pass(a, token, _, own):
 
 
 @inline
-def _raise_peaks(peaks, bits, count):
+def _raise_peaks(peaks, x, count):
     """peaks = max(peaks, bits of |x|), where x is a number."""
-    source, target = int32_at(bits), int32_at(peaks)
+    source, target = at(np.int32, x), at(np.int32, peaks)
     for i in range(count):
         size = np.int32(source[i] & np.int32(0x7FFFFFFF))
         target[i] = max(target[i], size if size < np.int32(0x7F800000) else np.int32(0))
@@ -145,21 +132,20 @@ def _raise_peaks(peaks, bits, count):
 
 @by_chunks
 def _peaks_pass(a, first, last, wide):
-    k, count = a.k, last - first
-    peaks = a.peaks + 4 * first
-    zero(peaks, count)
+    count = last - first
+    zero(a.peaks + 4 * first, count)
     for token in range(a.m):
-        bits = a.x + 4 * (token * k + first)
+        row = a.x + 4 * (token * a.k + first)
         if a.dtype != FLOAT32:
-            bits = wide
-            widen_row(a.x + 2 * (token * k + first), count, bits)
-        _raise_peaks(peaks, bits, count)
+            row = wide
+            widen_row(a.x + 2 * (token * a.k + first), count, row)
+        _raise_peaks(a.peaks + 4 * first, row, count)
 
 
 @inline
 def _choose_columns(a):
     """The `FEW` columns with the largest peaks, in their order."""
-    k, few, peaks, columns = a.k, a.few, int32_at(a.peaks), int64_at(a.columns)
+    k, few, peaks, columns = a.k, a.few, at(np.int32, a.peaks), at(np.int64, a.columns)
     threshold = np.int32(0)  # the largest number that `few` peaks reach, found bit by bit
     for bit in range(30, -1, -1):
         higher = np.int32(threshold | np.int32(np.int32(1) << np.int32(bit)))
@@ -184,9 +170,9 @@ def _bytes_pass(a, token, _, scratch):
     """One step for all codes of a token: int8 ones but for the outlier columns, whose codes have 16 bits."""
     k, few = a.k, a.few
     values = widen(a, token)
-    steps, sums = float_at(a.steps), double_at(a.sums)
-    source, rest = float_at(values), float_at(scratch)
-    columns, outliers = int64_at(a.columns), int16_at(a.int16_codes + 2 * few * token)
+    steps, sums = at(np.float32, a.steps), at(np.float64, a.sums)
+    source, rest = at(np.float32, values), at(np.float32, scratch)
+    columns, outliers = at(np.int64, a.columns), at(np.int16, a.int16_codes + 2 * few * token)
     for i in range(k):
         rest[i] = source[i]
     most = np.float32(0.0)
@@ -195,7 +181,7 @@ def _bytes_pass(a, token, _, scratch):
         most = value if value > most or value != value else most
         rest[columns[i]] = np.float32(0.0)
     bits, _ = _size(scratch, k)
-    largest = bits_to_float(bits)
+    largest = same_bits(np.float32, bits)
     step = max(largest / np.float32(127.0), most / np.float32(_LARGEST))
     steps[token], steps[a.m + token] = np.float32(-1.0), np.float32(0.0)
     if most != most or not np.isfinite(step) or (step < np.float32(1e-27) and step > np.float32(0.0)):
@@ -232,7 +218,7 @@ def _tile_dots(a, rows, tokens, row, token, chunk, sums):
         _int16_dots(rows, tokens, w, a.int16_codes + 2 * k * token, k, sums)
         return
     first, offsets, few_weights = chunk
-    target, source = float_at(sums), float_at(offsets + 4 * (row - first))
+    target, source = at(np.float32, sums), at(np.float32, offsets + 4 * (row - first))
     for t in range(tokens):
         for r in range(rows):
             target[t * rows + r] = source[r]
@@ -244,61 +230,63 @@ def _tile_dots(a, rows, tokens, row, token, chunk, sums):
 @inline
 def _gather(a, first, last, offsets, few_weights):
     """The outlier columns of some rows of the weight; and what the 128 added to the codes of x make of each row."""
-    k, few, columns = a.k, a.few, int64_at(a.columns)
+    k, few, columns = a.k, a.few, at(np.int64, a.columns)
     zero(offsets, last - first)
     for row in range(first, last):
         w = a.weight + k * row
-        codes, target = int8_at(w), int8_at(few_weights + few * (row - first))
+        codes, target = at(np.int8, w), at(np.int8, few_weights + few * (row - first))
         for i in range(few):
             target[i] = codes[columns[i]]
         offset = offsets + 4 * (row - first)
         _add_bytes(1, 1, (w, k, a.byte_codes + k * a.m, k, k), NOTHING, offset)
-        float_at(offset)[0] *= np.float32(-128.0)
+        at(np.float32, offset)[0] *= np.float32(-128.0)
 
 
 @inline
 def _tell_rows(a, first, last, rows):
-    """Scale, zero-point and bias of some rows of the weight as float64 [3, chunk], for `_finish_tile`."""
-    told, chunk = double_at(rows), a.chunk
+    """Scale, zero-point and bias of some rows of the weight as float64 [3, chunk], for `_finish`."""
+    told, chunk = at(np.float64, rows), a.chunk
     for row in range(first, last):
         place = row - first
-        told[place] = np.float64(float_at(a.scale)[row])
-        told[chunk + place] = 0.0 if a.zero_point == 0 else np.float64(int8_at(a.zero_point)[row])
+        told[place] = np.float64(at(np.float32, a.scale)[row])
+        told[chunk + place] = 0.0 if a.zero_point == 0 else np.float64(at(np.int8, a.zero_point)[row])
         told[2 * chunk + place] = 0.0 if a.bias == 0 else np.float64(read_bias(a, row))
 
 
-@inline_always
-def _finish_tile(a, row, token, dots, total, step, rows):
-    """`finish` for `ROWS` rows and one token that has nothing special."""
-    place = token * a.n + row
-    if a.dtype == FLOAT32:
-        scale_dots(dots, rows, 8 * a.chunk, total, step, a.out + 4 * place)
-    else:
-        scale_dots(dots, rows, 8 * a.chunk, total, step, dots)
-        for r in range(ROWS):
-            write(a, place + r, float_at(dots)[r])
+@inline
+def _special_dots(a, row, rows, t, sums, told, extra):
+    """The dots of a token that has a second plane, or no codes at all, without the zero-points; their step."""
+    k, m = a.k, a.m
+    steps, totals, dots = at(np.float32, a.steps), at(np.float64, a.sums), at(np.float32, sums)
+    step = np.float64(steps[t]) if steps[t] >= np.float32(0.0) else 1.0
+    for r in range(rows):
+        w, zero_point = a.weight + k * (row + r), at(np.float64, told)[a.chunk + r]
+        if steps[t] < np.float32(0.0):
+            dots[r] = np.float32(plain_dot(w, a.floats + 4 * k * t, k, zero_point))
+        else:
+            zero(extra, 1)
+            _int16_dots(1, 1, w, a.int16_codes + 2 * k * (m + t), k, extra)
+            left = np.float64(at(np.float32, extra)[0]) - zero_point * totals[m + t]
+            total = np.float64(dots[r]) - zero_point * totals[t]
+            dots[r] = np.float32(total + left * (np.float64(steps[m + t]) / step))
+    return step
 
 
 @inline
-def _finish_dots(a, first, rows, t, sums, extra):
-    """`finish` for some rows and one token, which may have a second plane, or no codes at all."""
-    k, m = a.k, a.m
-    steps, totals, dots = float_at(a.steps), double_at(a.sums), float_at(sums)
-    for r in range(rows):
-        row = first + r
-        w, zero_point = a.weight + k * row, np.int64(0)
-        if a.zero_point != 0:
-            zero_point = np.int64(int8_at(a.zero_point)[row])
-        if steps[t] < np.float32(0.0):
-            total = plain_dot(w, a.floats + 4 * k * t, k, zero_point)
+def _finish(a, row, rows, token, tokens, sums, told):
+    """Scale, add the bias, write: y of `ROWS` rows or fewer, and of some tokens."""
+    steps, totals = at(np.float32, a.steps), at(np.float64, a.sums)
+    for t in range(token, token + tokens):
+        dots, step, total = sums + 4 * ROWS * (t - token), np.float64(steps[t]), totals[t]
+        if steps[t] < np.float32(0.0) or steps[a.m + t] != np.float32(0.0):
+            step, total = _special_dots(a, row, rows, t, dots, told, sums + 4 * ROWS * TOKENS), 0.0
+        place = t * a.n + row
+        if a.dtype == FLOAT32 and rows == ROWS:
+            scale_dots(dots, told, 8 * a.chunk, total, step, a.out + 4 * place)
         else:
-            total = (np.float64(dots[r]) - zero_point * totals[t]) * np.float64(steps[t])
-            if steps[m + t] > np.float32(0.0):
-                zero(extra, 1)
-                _int16_dots(1, 1, w, a.int16_codes + 2 * k * (m + t), k, extra)
-                left = np.float64(float_at(extra)[0]) - zero_point * totals[m + t]
-                total += left * np.float64(steps[m + t])
-        finish(a, row, t, total)
+            scale_dots(dots, told, 8 * a.chunk, total, step, dots)
+            for r in range(rows):
+                write(a, place + r, at(np.float32, dots)[r])
 
 
 @inline
@@ -313,9 +301,7 @@ def _products(a):
     told = own_slice(a)  # see _slice_bytes
     offsets = told + 8 * 3 * chunk
     sums = offsets + 4 * chunk
-    extra = sums + 4 * ROWS * TOKENS
-    few_weights = extra + 4
-    steps, totals = float_at(a.steps), double_at(a.sums)
+    few_weights = sums + 4 * (ROWS * TOKENS + 1)
     following = next_chunk(a)
     while following < n:
         first, following = following, next_chunk(a)
@@ -336,17 +322,13 @@ def _products(a):
             wanted += share
             for row in range(first, whole, ROWS):
                 _tile_dots(a, ROWS, tokens, row, token, gathered, sums)
-                for i in range(tokens):
-                    t, dots = token + i, sums + 4 * ROWS * i
-                    if steps[t] >= np.float32(0.0) and steps[m + t] == np.float32(0.0):
-                        step, rows = np.float64(steps[t]), told + 8 * (row - first)
-                        _finish_tile(a, row, t, dots, totals[t], step, rows)
-                    else:
-                        _finish_dots(a, row, ROWS, t, dots, extra)
-            for row in range(whole, last):
-                for t in range(token, token + tokens):
-                    _tile_dots(a, 1, 1, row, t, gathered, sums)
-                    _finish_dots(a, row, 1, t, sums, extra)
+                _finish(a, row, ROWS, token, tokens, sums, told + 8 * (row - first))
+            if whole < last:
+                for t in range(tokens):
+                    for row in range(whole, last):
+                        place = sums + 4 * (ROWS * t + row - whole)
+                        _tile_dots(a, 1, 1, row, token + t, gathered, place)
+                _finish(a, whole, last - whole, token, tokens, sums, told + 8 * (whole - first))
             token += tokens
 
 
@@ -372,7 +354,7 @@ def linear_integers(address, room, given):
     else:
         _peaks_pass(a, several, k, _PEAK_COLUMNS)
         _choose_columns(a)
-        ones = uint8_at(a.byte_codes + m * k)
+        ones = at(np.uint8, a.byte_codes + m * k)
         for i in range(k):
             ones[i] = np.uint8(1)
         _bytes_pass(a, several, m, 1)

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-from .instructions import DOUBLE, FLOAT, HALF_FLOAT, I8, I16, I32, I64, inline, instruction
+from .instructions import DOUBLE, FLOAT, HALF_FLOAT, I8, I16, I32, I64, instruction
 
 _TRIPLE, _CPU, _FEATURES = cpu_target.target_context.codegen().magic_tuple()
 _HAS = set(_FEATURES.split(","))  # what Numba compiles for, which its settings can make less than the host
@@ -166,7 +166,6 @@ def dots(*kinds):
     full, two, one = (_tile(kinds, ROWS, tokens, LANES) for tokens in (TOKENS, 2, 1))
     single, rest = (_tile(kinds, 1, 1, lanes) for lanes in (LANES, 1))
 
-    @inline
     def add(rows, tokens, operands, more, sums):
         w, w_stride, x, x_stride, k = operands
         steps = k // wide

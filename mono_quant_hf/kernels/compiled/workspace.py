@@ -10,16 +10,13 @@ from numba import types
 from .instructions import (
     CACHE,
     OPTIONS,
-    bits_to_float,
-    float_at,
-    float_to_bits,
+    at,
     in_each_thread,
     inline,
+    inline_always,
     instruction,
-    int32_at,
-    int64_at,
+    same_bits,
     take_next,
-    uint16_at,
 )
 from .tiles import ROWS
 
@@ -100,7 +97,7 @@ def entry(compute):
 @inline
 def begin(address, room, given):
     """`a`, with what was given."""
-    slots = int64_at(address)
+    slots = at(np.int64, address)
     for i in range(len(given)):
         slots[i] = given[i]
     a = _fields_at(address)
@@ -121,7 +118,7 @@ def lay_out(a, slice_bytes, sizes):
     """
     a.slice_bytes = _whole_lines(slice_bytes)
     place = _whole_lines(LEAST_ROOM)
-    parts = int64_at(a.address + _FIRST_PART)
+    parts = at(np.int64, a.address + _FIRST_PART)
     parts[0] = a.address + place
     place += a.threads * a.slice_bytes
     for i in range(len(sizes)):
@@ -192,7 +189,7 @@ def rows_in_chunk(a, row_bytes):
 
 @inline
 def zero(floats, count):
-    values = float_at(floats)
+    values = at(np.float32, floats)
     for i in range(count):
         values[i] = np.float32(0.0)
 
@@ -200,7 +197,7 @@ def zero(floats, count):
 @inline
 def widen_row(halves, count, floats):
     """bfloat16 to float32."""
-    source, target = uint16_at(halves), int32_at(floats)
+    source, target = at(np.uint16, halves), at(np.int32, floats)
     for i in range(count):
         target[i] = np.int32(np.int32(source[i]) << np.int32(16))
 
@@ -224,28 +221,28 @@ def widen(a, token):
 @inline
 def read_bias(a, row):
     if a.bias_dtype == FLOAT32:
-        return float_at(a.bias)[row]
-    return bits_to_float(np.int32(np.int32(uint16_at(a.bias)[row]) << np.int32(16)))
+        return at(np.float32, a.bias)[row]
+    return same_bits(np.float32, np.int32(np.int32(at(np.uint16, a.bias)[row]) << np.int32(16)))
 
 
 @inline
 def write(a, index, value):
     if a.dtype == FLOAT32:
-        float_at(a.out)[index] = value
+        at(np.float32, a.out)[index] = value
         return
-    bits = np.int64(float_to_bits(value)) & 0xFFFFFFFF
+    bits = np.int64(same_bits(np.int32, value)) & 0xFFFFFFFF
     if value != value:
         bits |= 0x400000  # stays a NaN when cut
     else:
         bits += 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
-    uint16_at(a.out)[index] = np.uint16(bits >> 16)
+    at(np.uint16, a.out)[index] = np.uint16(bits >> 16)
 
 
-@inline
+@inline_always
 def finish(a, row, token, total):
     """Scale, add the bias, write: y[token, row] of a dot product with (code - zero-point)."""
     if a.scale != 0:
-        total *= np.float64(float_at(a.scale)[row])
+        total *= np.float64(at(np.float32, a.scale)[row])
     value = np.float32(total)
     if a.bias != 0:
         value += read_bias(a, row)
