@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import NoReturn
 
@@ -22,17 +22,17 @@ from torch import Tensor
 log = logging.getLogger("mono_quant_hf")
 
 
+@dataclass
 class _Runtime:
     """What is known once the kernels were asked for: the compiled module, or why there is none."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.compiled: ModuleType | None = None
-        self.missing = ""
-        self.launcher = 0
-        self.one_at_a_time: AbstractContextManager[object] | None = None
-        self.forked = False
-        self.lock = threading.Lock()
+    asked: bool = False
+    compiled: ModuleType | None = None
+    missing: str = ""
+    launcher: int = 0
+    one_at_a_time: AbstractContextManager[object] | None = None
+    forked: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _runtime = _Runtime()
@@ -62,22 +62,16 @@ def load() -> ModuleType | None:
     if not _runtime.asked:
         with _runtime.lock:
             if not _runtime.asked:
-                with _no_garbage_collection():
+                # What is made here lives as long as the process, yet half of the time went into looking for garbage.
+                collects = gc.isenabled()
+                gc.disable()
+                try:
                     _load()
+                finally:
+                    if collects:
+                        gc.enable()
                 _runtime.asked = True
     return _runtime.compiled
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """What is made here lives as long as the process, yet half of the time went into looking for garbage in it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def why_missing() -> str:
@@ -117,10 +111,10 @@ def _load() -> None:
             seconds,
         )
     else:
-        where = (
+        done = (
             "read from the cache" if compiled.CACHE.complete else "compiled, and cached for the next process,"
         )
-        log.info("The CPU kernels were %s in %.1f s.", where, seconds)
+        log.info("The CPU kernels were %s in %.1f s.", done, seconds)
     _runtime.launcher, _runtime.one_at_a_time, _runtime.compiled = launcher, one_at_a_time, compiled
 
 
@@ -141,30 +135,6 @@ def _launcher_of_torch() -> int:
         return 0
 
 
-def has_integer_units() -> bool:
-    """Whether int16 products are summed in pairs, so that the integer way beats float at many tokens too."""
-    compiled = load()
-    return compiled is not None and compiled.X86 and compiled.VECTOR_BYTES >= 32
-
-
-def streams_floats() -> bool:
-    """Whether codes become floats as fast as memory delivers them, so that one token needs no codes of its own."""
-    compiled = load()
-    return compiled is not None and (not compiled.X86 or compiled.VECTOR_BYTES != 32)
-
-
-def multiplies_bytes() -> bool:
-    """Whether the processor sums int8 by uint8 products in fours (VNNI)."""
-    compiled = load()
-    return compiled is not None and compiled.BYTE_UNITS
-
-
-def converts_halves() -> bool:
-    """Whether the processor turns float16 into float32 by itself."""
-    compiled = load()
-    return compiled is not None and compiled.HALF
-
-
 def forked() -> bool:
     """Whether this process is the child of a fork, where a parallel matmul of torch may wait for ever."""
     return _runtime.forked
@@ -183,7 +153,7 @@ class _Workspace(threading.local):
     """
 
     def __init__(self) -> None:
-        self.held = _allocate(1 << 12)  # more than `LEAST_ROOM`
+        self.held = _allocate(4096)  # room for what is given, and for small products
 
 
 def _allocate(size: int) -> tuple[Tensor, int, int]:

@@ -40,9 +40,10 @@ def _torch_has(*units: str) -> bool:
 
 def has_units() -> bool:
     """Whether this CPU multiplies int8 in hardware, and our kernel or torch uses it."""
-    if cpu.load() is None:
+    compiled = cpu.load()
+    if compiled is None:
         return _torch_has("avx512_vnni", "amx_int8")
-    return cpu.multiplies_bytes() or _torch_has("amx_int8")
+    return compiled.BYTE_UNITS or _torch_has("amx_int8")
 
 
 def by_kernel(k: int) -> bool:

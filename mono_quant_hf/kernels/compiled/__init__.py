@@ -12,10 +12,19 @@ from .codes import encode, expand
 from .floats import linear_floats
 from .instructions import CACHE
 from .integers import LONGEST_BYTES, linear_integers
-from .tiles import BYTE_UNITS, HALF, VECTOR_BYTES, X86
-from .workspace import LEAST_ROOM
+from .tiles import BYTE_UNITS, HALF, INTEGER_UNITS, STREAMS_FLOATS, VECTOR_BYTES, X86
 
-__all__ = ["BYTE_UNITS", "CACHE", "ENTRIES", "HALF", "LEAST_ROOM", "LONGEST_BYTES", "VECTOR_BYTES", "X86"]
+__all__ = [
+    "BYTE_UNITS",
+    "CACHE",
+    "ENTRIES",
+    "HALF",
+    "INTEGER_UNITS",
+    "LONGEST_BYTES",
+    "STREAMS_FLOATS",
+    "VECTOR_BYTES",
+    "X86",
+]
 ENTRIES = {
     "float": linear_floats,
     "int16": linear_integers,

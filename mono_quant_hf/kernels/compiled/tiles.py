@@ -17,7 +17,10 @@ _HAS = set(_FEATURES.split(","))  # what Numba compiles for, which its settings 
 X86 = _TRIPLE.startswith(("x86_64", "i686"))
 VECTOR_BYTES = 64 if "+avx512bw" in _HAS else 32 if "+avx2" in _HAS else 16
 HALF = "+f16c" in _HAS or _TRIPLE.startswith(("aarch64", "arm64"))  # float16 to float32 in hardware
+# int8 by uint8 products are summed in fours (VNNI)
 BYTE_UNITS = (VECTOR_BYTES == 64 and "+avx512vnni" in _HAS) or (VECTOR_BYTES == 32 and "+avxvnni" in _HAS)
+INTEGER_UNITS = X86 and VECTOR_BYTES >= 32  # int16 products are summed in pairs, and outrun float32 ones
+STREAMS_FLOATS = not X86 or VECTOR_BYTES != 32  # codes become floats as fast as memory delivers them
 LANES = VECTOR_BYTES // 4
 ROWS = 4
 TOKENS = 4 if VECTOR_BYTES == 64 or not X86 else 2  # 4 x 4 accumulators need 32 registers, 4 x 2 need 16

@@ -63,7 +63,7 @@ _FIELDS = np.dtype(
         )
     ]
 )
-LEAST_ROOM = _FIELDS.itemsize
+_FIELDS_BYTES = _FIELDS.itemsize
 _FIRST_PART, _COUNTER, _WORKERS = (_FIELDS.fields[name][1] for name in ("slices", "counter", "workers"))
 _RECORD = numba.from_dtype(_FIELDS)
 
@@ -80,7 +80,7 @@ def _fields_at(context, builder, address):
 
 
 def entry(compute):
-    """What Python calls with the address of a workspace, its bytes (`LEAST_ROOM` or more), and a tuple: `_GIVEN`.
+    """What Python calls with the address of a workspace, its bytes (4096 or more), and a tuple: `_GIVEN`.
 
     All are numbers, since unpacking arrays costs more than a small layer. It gives the bytes that the workspace must
     have, and has done nothing, where the one it was given is too small; else 0.
@@ -117,7 +117,7 @@ def lay_out(a, slice_bytes, sizes):
     `sizes` are the bytes of the parts after the slices, in their order; of what is left out there is none.
     """
     a.slice_bytes = _whole_lines(slice_bytes)
-    place = _whole_lines(LEAST_ROOM)
+    place = _whole_lines(_FIELDS_BYTES)
     parts = at(np.int64, a.address + _FIRST_PART)
     parts[0] = a.address + place
     place += a.threads * a.slice_bytes
