@@ -3,6 +3,8 @@
 Never more than a block is expanded at a time, forward and backward. Needs nothing but torch.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,8 @@ def linear(x: Tensor, weight: Tensor, scale: Column, zero_point: Column, bias: C
     flat = x.reshape(-1, k).float()
     out = torch.empty(flat.shape[0], n, dtype=torch.float32, device=x.device)
     cast_bias = None if bias is None else bias.float()
-    block = _block(weight, x.device)
     with without_autocast(x.device):
-        for rows in slices(n, block.shape[0]):
-            part = block[: rows.stop - rows.start]
-            expand_into(part, weight[rows], part_of(scale, rows), part_of(zero_point, rows))
+        for rows, part in _expanded(weight, scale, zero_point):
             if cast_bias is None:
                 torch.mm(flat, part.t(), out=out[:, rows])
             else:
@@ -36,16 +35,17 @@ def backward(grad: Tensor, weight: Tensor, scale: Column, zero_point: Column) ->
     n, k = weight.shape
     flat = grad.reshape(-1, n).float()
     to_x = torch.zeros(flat.shape[0], k, dtype=torch.float32, device=grad.device)
-    block = _block(weight, grad.device)
     with without_autocast(grad.device):
-        for rows in slices(n, block.shape[0]):
-            part = block[: rows.stop - rows.start]
-            expand_into(part, weight[rows], part_of(scale, rows), part_of(zero_point, rows))
+        for rows, part in _expanded(weight, scale, zero_point):
             to_x.addmm_(flat[:, rows], part)
     return to_x.to(grad.dtype).reshape(*grad.shape[:-1], k)
 
 
-def _block(weight: Tensor, device: torch.device) -> Tensor:
+def _expanded(weight: Tensor, scale: Column, zero_point: Column) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of the weight after the other, all in the same memory."""
     n, k = weight.shape
-    rows = min(n, max(BLOCK_BYTES // (4 * max(k, 1)), 32))
-    return torch.empty(rows, k, dtype=torch.float32, device=device)
+    most = min(n, max(BLOCK_BYTES // (4 * max(k, 1)), 32))
+    block = torch.empty(most, k, dtype=torch.float32, device=weight.device)
+    for rows in slices(n, most):
+        part = block[: rows.stop - rows.start]
+        yield rows, expand_into(part, weight[rows], part_of(scale, rows), part_of(zero_point, rows))

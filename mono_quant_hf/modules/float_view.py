@@ -273,20 +273,7 @@ def _grouped_mm(func: Any, input: Any, weight: Any, offs: Any = None, *rest: Any
 def _convolution(func: Any, x: Any, weight: Any, bias: Any, *geometry: Any) -> Any:
     if not isinstance(weight, FloatView) or isinstance(x, FloatView):
         return NotImplemented
-    stride, padding, dilation, transposed, output_padding, groups = geometry
-    return convolution(
-        x,
-        weight.stored,
-        weight.scale,
-        weight.zero_point,
-        _expanded(bias),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        transposed=transposed,
-        output_padding=output_padding,
-    )
+    return convolution(x, weight.stored, weight.scale, weight.zero_point, _expanded(bias), geometry)
 
 
 # ---------------------------------------------------------------- other sides of the same weight
