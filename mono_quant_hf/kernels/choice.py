@@ -228,7 +228,8 @@ def _on_gpu(x_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int, settin
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: (decide.cache_clear(), decide_int8.cache_clear()))
+    os.register_at_fork(after_in_child=decide.cache_clear)
+    os.register_at_fork(after_in_child=decide_int8.cache_clear)
 
 
 def _on_cpu(weight_dtype: torch.dtype, tokens: int, small: bool, setting: str) -> Choice:

@@ -91,27 +91,24 @@ def _size(x, k):
     return most, total
 
 
+@inline
+def _inverse(step):
+    return np.float32(0.0) if step == np.float32(0.0) else np.float32(1.0) / step
+
+
 @by_chunks
 def _int16_pass(a, token, _, own):
     k, m = a.k, a.m
-    values = widen(a, token)
+    values, codes = widen(a, token), a.int16_codes + 2 * k * token
     steps, sums = at(np.float32, a.steps), at(np.float64, a.sums)
     bits, total = _size(values, k)
     largest = same_bits(np.float32, bits)
-    steps[m + token] = np.float32(0.0)
-    codes = a.int16_codes + 2 * k * token
-    if bits == 0:
-        steps[token], sums[token] = np.float32(0.0), 0.0
-        target = at(np.int16, codes)
-        for i in range(k):
-            target[i] = np.int16(0)
-        return
-    if bits >= 0x7F800000 or largest < np.float32(1e-25):
-        steps[token] = np.float32(-1.0)
+    steps[token], steps[m + token] = np.float32(-1.0), np.float32(0.0)
+    if bits >= 0x7F800000 or (largest < np.float32(1e-25) and bits != 0):
         return
     step = largest / np.float32(_LARGEST)
     steps[token] = step
-    sums[token] = np.float64(_quantize(values, k, codes, np.float32(1.0) / step))
+    sums[token] = np.float64(_quantize(values, k, codes, _inverse(step)))
     if k > 1 and (total - largest) / np.float32(k - 1) < np.float32(_FEWEST_STEPS) * step:
         rest_step = step * np.float32(0.51 / _LARGEST)
         steps[m + token] = rest_step
@@ -189,8 +186,7 @@ def _bytes_pass(a, token, _, scratch):
     if largest > np.float32(0.0) and step * np.float32(63.0) > largest:
         return  # outliers so large that the rest would be left with less than 7 bits
     steps[token] = step
-    inverse = np.float32(0.0) if step == np.float32(0.0) else np.float32(1.0) / step
-    total = np.int64(0)
+    inverse, total = _inverse(step), np.int64(0)
     for i in range(few):
         code = np.int32(np.rint(source[columns[i]] * inverse))
         outliers[i] = np.int16(code)
@@ -289,16 +285,10 @@ def _finish(a, row, rows, token, tokens, sums, told):
                 write(a, place + r, at(np.float32, dots)[r])
 
 
-@inline
-def _slice_bytes(chunk, few):
-    """Bytes of `_tell_rows`, of float32 offsets and sums and one sum more, and of the outlier columns of a chunk."""
-    return 8 * 3 * chunk + 4 * (chunk + ROWS * TOKENS + 1) + few * chunk
-
-
 @passes
 def _products(a):
     n, k, m, chunk = a.n, a.k, a.m, a.chunk
-    told = own_slice(a)  # see _slice_bytes
+    told = own_slice(a)  # divided as `linear_integers` says
     offsets = told + 8 * 3 * chunk
     sums = offsets + 4 * chunk
     few_weights = sums + 4 * (ROWS * TOKENS + 1)
@@ -340,7 +330,8 @@ def linear_integers(address, room, given):
         a.threads = 1
     several = a.threads if m * k > LITTLE else 1
     chunk = rows_in_chunk(a, k)
-    slice_bytes = _slice_bytes(chunk, few)
+    # of `_tell_rows`, of float32 offsets and sums and one sum more, and of the outlier columns of a chunk
+    slice_bytes = 8 * 3 * chunk + 4 * (chunk + ROWS * TOKENS + 1) + few * chunk
     int16_codes, columns, byte_codes, peaks = 2 * 2 * m * k, 0, 0, 0
     if few != 0:
         slice_bytes = max(slice_bytes, 4 * k, 4 * _PEAK_COLUMNS)
