@@ -177,7 +177,7 @@ def _as_for_export(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _translations(activations: str | None) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What stands for our operators in the graph."""
+    """What stands for our operator in the graph."""
     import onnxscript
 
     op: Any = onnxscript.opset18
@@ -188,27 +188,25 @@ def _translations(activations: str | None) -> dict[Callable[..., Any], Callable[
     def plus(product: Any, bias: Any) -> Any:
         return product if bias is None else op.Add(product, bias)
 
-    def of_floats(x, weight, scale, zero_point=None, bias=None):  # type: ignore[no-untyped-def]
+    def of_floats(x, weight, scale, zero_point, bias):  # type: ignore[no-untyped-def]
         shift = () if zero_point is None else (column(zero_point),)
         floats = op.DequantizeLinear(weight, column(scale), *shift, axis=0)
         return plus(op.MatMul(x, op.Transpose(floats, perm=[1, 0])), bias)
 
-    def of_codes(x, weight, scale, zero_point=None, bias=None):  # type: ignore[no-untyped-def]
+    def of_codes(x, weight, scale, zero_point, bias):  # type: ignore[no-untyped-def]
         codes, step, shift = op.DynamicQuantizeLinear(x)
         shifts = (shift,) if zero_point is None else (shift, column(zero_point))
         sums = op.Cast(op.MatMulInteger(codes, op.Transpose(weight, perm=[1, 0]), *shifts), to=FLOAT)
         return plus(op.Mul(sums, op.Mul(step, column(scale))), bias)
 
-    def of_halves(x, weight, bias=None):  # type: ignore[no-untyped-def]
+    def of_halves(x, weight, bias):  # type: ignore[no-untyped-def]
         return plus(op.MatMul(x, op.Transpose(op.Cast(weight, to=FLOAT), perm=[1, 0])), bias)
 
-    ops = torch.ops.mono_quant
+    def linear(x, weight, scale=None, zero_point=None, bias=None, activations=None):  # type: ignore[no-untyped-def]
+        return of_halves(x, weight, bias) if scale is None else of_int8(x, weight, scale, zero_point, bias)
+
     of_int8 = of_floats if activations is None else of_codes
-    return {
-        ops.linear_int8.default: of_int8,
-        ops.linear_int8_activations.default: of_int8,
-        ops.linear_fp16.default: of_halves,
-    }
+    return {torch.ops.mono_quant.linear.default: linear}
 
 
 def _fold(program: Any) -> None:

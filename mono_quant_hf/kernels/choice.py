@@ -27,6 +27,7 @@ from .int8_activations import FEWEST_TOKENS, LONGEST, by_kernel, has_units, is_e
 
 log = logging.getLogger("mono_quant_hf")
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = ("auto", "int16", "float", "blocks", "portable", "int8", "triton")
 
 
@@ -104,20 +105,33 @@ def choose(x: Tensor, weight: Tensor, activations: str | None = None) -> Choice:
         >>> choose(torch.ones(1, 8, device="meta"), torch.ones(4, 8, dtype=torch.int8, device="meta"))
         Choice(name='portable', reason='the device is meta')
     """
-    n, k = weight.shape
-    tokens = x.numel() // k if k else 0
     refused = ""
     if activations is not None:
-        int8 = decide_int8(x.device.type, x.dtype, weight.dtype, tokens, n, k, is_small(n, k), _setting)
-        if int8.name == "int8":
+        int8 = decide_int8_for(x, weight)
+        if int8.name:
             return int8
         refused = f"no int8 activations, as {int8.reason}; "
-    contiguous = weight.is_contiguous()
-    choice = decide(str(x.device), x.dtype, weight.dtype, tokens, contiguous, is_small(n, k), _setting)
+    choice = decide_for(x, weight)
     return Choice(choice.name, refused + choice.reason)
 
 
-def is_small(n: int, k: int) -> bool:
+def decide_for(x: Tensor, weight: Tensor, usual: bool = False) -> Choice:
+    """`decide` for these operands: `usual` is what `operands.check` gave."""
+    n, k = weight.shape
+    tokens = x.numel() // k if k else 0
+    device = "cpu" if usual or x.is_cpu else str(x.device)
+    contiguous = usual or weight.is_contiguous()
+    return decide(device, x.dtype, weight.dtype, tokens, contiguous, _is_small(n, k), _setting)
+
+
+def decide_int8_for(x: Tensor, weight: Tensor) -> Choice:
+    """`decide_int8` for these operands."""
+    n, k = weight.shape
+    tokens = x.numel() // k if k else 0
+    return decide_int8(x.device.type, x.dtype, weight.dtype, tokens, n, k, _setting)
+
+
+def _is_small(n: int, k: int) -> bool:
     """Whether calling a kernel takes longer than its arithmetic, in whichever way."""
     return n * k <= 4096
 
@@ -133,21 +147,24 @@ def decide(
     setting: str,
 ) -> Choice:
     """`choose` by what it depends on."""
-    if device != "cpu":
-        return _elsewhere(device, x_dtype, weight_dtype, tokens, contiguous, setting)
-    if x_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    on_cpu = device == "cpu"
+    if setting == "portable":
+        return Choice("portable", "it was asked for")
+    if not on_cpu and (missing := gpu.why_missing(torch.device(device))):
+        return Choice("portable", missing)
+    if x_dtype not in (_FLOATS if on_cpu else gpu.HALVES):
         return Choice("portable", f"x is {x_dtype}")
     if weight_dtype not in (torch.int8, torch.float16):
         return Choice("portable", f"the weight is {weight_dtype}")
     if tokens == 0:
         return Choice("portable", "x is empty")
-    if setting in ("portable", "blocks"):
-        return Choice(setting, "it was asked for")
+    if on_cpu and setting == "blocks":
+        return Choice("blocks", "it was asked for")
     if not contiguous:
-        return Choice("blocks", "the weight has gaps in memory")
-    if cpu.load() is None:
-        return Choice("blocks", cpu.why_missing())
-    return _compiled(weight_dtype, tokens, small, setting)
+        return Choice("blocks" if on_cpu else "portable", "the weight has gaps in memory")
+    if on_cpu:
+        return _on_cpu(weight_dtype, tokens, small, setting)
+    return _on_gpu(x_dtype, weight_dtype, tokens, setting)
 
 
 @lru_cache(maxsize=4096)
@@ -158,13 +175,12 @@ def decide_int8(
     tokens: int,
     n: int,
     k: int,
-    small: bool,
     setting: str,
 ) -> Choice:
     """The way "int8" where int8 activations can be had and pay, else a Choice without a name, and the reason."""
     if weight_dtype != torch.int8:
         return Choice("", f"the weight is {weight_dtype}")
-    if x_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x_dtype not in _FLOATS:
         return Choice("", f"x is {x_dtype}")
     if setting not in ("auto", "int8"):
         return Choice("", f"{setting} was asked for")
@@ -179,7 +195,7 @@ def decide_int8(
             return _no_gain("torch's integer matmul is not exact on this processor")
         if setting == "int8":
             return Choice("int8", "it was asked for")
-        if small:
+        if _is_small(n, k):
             return Choice("", "the weight is small")
         if not has_units():
             return _no_gain("this processor has no int8 matrix instructions")
@@ -188,6 +204,8 @@ def decide_int8(
         if n % 8 or k % 8:
             return Choice("", f"{n} x {k} are no multiples of 8")
         return Choice("int8", "int8 products in hardware")
+    if device == "meta":
+        return Choice("", "the device is meta")
     return _no_gain(f"the device is {device}")
 
 
@@ -197,21 +215,7 @@ def _no_gain(reason: str) -> Choice:
     return Choice("", reason)
 
 
-def _elsewhere(
-    device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int, contiguous: bool, setting: str
-) -> Choice:
-    if setting == "portable":
-        return Choice("portable", "it was asked for")
-    if missing := gpu.why_missing(torch.device(device)):
-        return Choice("portable", missing)
-    if x_dtype not in gpu.HALVES:
-        return Choice("portable", f"x is {x_dtype}")
-    if weight_dtype not in (torch.int8, torch.float16):
-        return Choice("portable", f"the weight is {weight_dtype}")
-    if tokens == 0:
-        return Choice("portable", "x is empty")
-    if not contiguous:
-        return Choice("portable", "the weight has gaps in memory")
+def _on_gpu(x_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int, setting: str) -> Choice:
     if setting == "triton":
         return Choice("triton", "it was asked for")
     if weight_dtype == x_dtype:
@@ -228,26 +232,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=decide_int8.cache_clear)
 
 
-def _compiled(weight_dtype: torch.dtype, tokens: int, small: bool, setting: str) -> Choice:
-    if cpu.forked() and (weight_dtype == torch.int8 or cpu.converts_halves()) and setting == "auto":
+def _on_cpu(weight_dtype: torch.dtype, tokens: int, small: bool, setting: str) -> Choice:
+    processor = cpu.load()
+    if processor is None:
+        return Choice("blocks", cpu.why_missing())
+    codes = weight_dtype == torch.int8
+    if not codes and not processor.HALF:
+        return Choice("blocks", "this processor does not convert float16")
+    if cpu.forked() and setting == "auto":
         # torch's own matmul waits for threads that stayed with the parent, where the parent had used them.
-        if tokens > 1 and weight_dtype == torch.int8:
-            return Choice("int16", "after a fork: one thread, and none of torch's")
-        return Choice("float", "after a fork: one thread, and none of torch's")
-    if weight_dtype == torch.float16:
-        if not cpu.converts_halves():
-            return Choice("blocks", "this processor does not convert float16")
-        if setting == "float":
-            return Choice("float", "it was asked for")
+        way = "int16" if codes and tokens > 1 else "float"
+        return Choice(way, "after a fork: one thread, and none of torch's")
+    if setting == "float" or (setting == "int16" and codes):
+        return Choice(setting, "it was asked for")
+    if not codes:
         # Up to 1024 tokens measured at or over torch's float32 matmul; blocks were at 0.6 to 0.8 of it.
         return Choice("float", "float16 weights become float32 as they stream by")
-    if setting in ("float", "int16"):
-        return Choice(setting, "it was asked for")
-    if tokens == 1 and cpu.streams_floats():
+    if tokens == 1 and processor.STREAMS_FLOATS:
         return Choice("float", "one token: memory is the limit, and float32 needs no codes of x")
     if small and tokens <= 64:
         return Choice("float", "a small weight: nothing to gain from codes of x")
-    if cpu.has_integer_units():
+    if processor.INTEGER_UNITS:
         return Choice("int16", "int16 products outrun float32 ones here")
     if tokens <= 8:
         return Choice("int16", "a few tokens: memory is the limit")

@@ -1,70 +1,40 @@
 """Convolutions whose weight is kept as int8 codes or as float16, of one to three dimensions, transposed or not."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .expansion import expand
-from .portable import compute_dtype, keep
-from .rows import without_autocast
+from .codes import expand
+from .operands import Column
+from .portable import compute_dtype, without_autocast
 
 
 def convolution(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int = 1,
-    transposed: bool = False,
-    output_padding: Sequence[int] | None = None,
+    x: Tensor, weight: Tensor, scale: Column, zero_point: Column, bias: Column, geometry: tuple[Any, ...]
 ) -> Tensor:
     """`torch.convolution` with the weight `(weight - zero_point) * scale`, or a float16 weight.
 
     Args:
-        x: floating, `[batch, in, *spatial]` or `[in, *spatial]`.
+        x: floating, `[batch, in, *spatial]`.
         weight: int8 codes or float16, `[out, in / groups, *kernel]`; transposed `[in, out / groups, *kernel]`.
         scale: float32 that broadcasts against the weight; None for float16.
         zero_point: int8 as the scale, or None for symmetric codes.
         bias: `[out]` floating, or None.
-        stride, padding, dilation, output_padding: one integer for each spatial dimension.
-        groups: as for `torch.nn.Conv2d`.
-        transposed: as `torch.nn.ConvTranspose2d`.
+        geometry: what `torch.convolution` takes after the bias: stride, padding, dilation, transposed, output_padding,
+            groups.
 
     Returns:
         The convolution in the dtype of `x`, with and without autocast. Gradients flow to `x` and to `bias`; the
         expanded weight is not kept between forward and backward.
     """
-    spatial = weight.dim() - 2
-    unbatched = x.dim() == spatial + 1
-    batched = x.unsqueeze(0) if unbatched else x
-    geometry = (
-        list(stride),
-        list(padding),
-        list(dilation),
-        transposed,
-        list(output_padding or [0] * spatial),
-        groups,
-    )
     wants_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     compute = _Convolution.apply if wants_grad and torch.is_grad_enabled() else _forward
-    result = compute(batched, weight, scale, zero_point, bias, geometry)
-    return result.squeeze(0) if unbatched else result
+    return compute(x, weight, scale, zero_point, bias, geometry)
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    geometry: tuple[Any, ...],
+    x: Tensor, weight: Tensor, scale: Column, zero_point: Column, bias: Column, geometry: tuple[Any, ...]
 ) -> Tensor:
     dtype = compute_dtype(x)
     with without_autocast(x.device):
@@ -81,13 +51,13 @@ class _Convolution(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-        bias: Tensor | None,
+        scale: Column,
+        zero_point: Column,
+        bias: Column,
         geometry: tuple[Any, ...],
     ) -> Tensor:
-        keep(ctx, weight, scale, zero_point, bias)
-        ctx.geometry = geometry
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.geometry, ctx.bias_dtype = geometry, None if bias is None else bias.dtype
         ctx.input_like = (x.shape, x.dtype)
         return _forward(x, weight, scale, zero_point, bias, geometry)
 

@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import NoReturn
 
@@ -22,17 +22,17 @@ from torch import Tensor
 log = logging.getLogger("mono_quant_hf")
 
 
+@dataclass
 class _Runtime:
     """What is known once the kernels were asked for: the compiled module, or why there is none."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.compiled: ModuleType | None = None
-        self.missing = ""
-        self.launcher = 0
-        self.one_at_a_time: AbstractContextManager[object] | None = None
-        self.forked = False
-        self.lock = threading.Lock()
+    asked: bool = False
+    compiled: ModuleType | None = None
+    missing: str = ""
+    launcher: int = 0
+    one_at_a_time: AbstractContextManager[object] | None = None
+    forked: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _runtime = _Runtime()
@@ -62,22 +62,16 @@ def load() -> ModuleType | None:
     if not _runtime.asked:
         with _runtime.lock:
             if not _runtime.asked:
-                with _no_garbage_collection():
+                # What is made here lives as long as the process, yet half of the time went into looking for garbage.
+                collects = gc.isenabled()
+                gc.disable()
+                try:
                     _load()
+                finally:
+                    if collects:
+                        gc.enable()
                 _runtime.asked = True
     return _runtime.compiled
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """What is made here lives as long as the process, yet half of the time went into looking for garbage in it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def why_missing() -> str:
@@ -97,9 +91,9 @@ def _load() -> None:
 
         launcher, one_at_a_time = _launcher_of_torch(), None
         if not launcher:
-            from . import compiled_team
+            from .compiled import team
 
-            launcher = compiled_team.LAUNCHER
+            launcher = team.LAUNCHER
             # Numba's workqueue layer ends the process when two threads use it at once, the others do not mind.
             one_at_a_time = threading.Lock()
     except (ImportError, OSError) as error:
@@ -117,10 +111,10 @@ def _load() -> None:
             seconds,
         )
     else:
-        where = (
+        done = (
             "read from the cache" if compiled.CACHE.complete else "compiled, and cached for the next process,"
         )
-        log.info("The CPU kernels were %s in %.1f s.", where, seconds)
+        log.info("The CPU kernels were %s in %.1f s.", done, seconds)
     _runtime.launcher, _runtime.one_at_a_time, _runtime.compiled = launcher, one_at_a_time, compiled
 
 
@@ -141,30 +135,6 @@ def _launcher_of_torch() -> int:
         return 0
 
 
-def has_integer_units() -> bool:
-    """Whether int16 products are summed in pairs, so that the integer way beats float at many tokens too."""
-    compiled = load()
-    return compiled is not None and compiled.X86 and compiled.VECTOR_BYTES >= 32
-
-
-def streams_floats() -> bool:
-    """Whether codes become floats as fast as memory delivers them, so that one token needs no codes of its own."""
-    compiled = load()
-    return compiled is not None and (not compiled.X86 or compiled.VECTOR_BYTES != 32)
-
-
-def multiplies_bytes() -> bool:
-    """Whether the processor sums int8 by uint8 products in fours (VNNI)."""
-    compiled = load()
-    return compiled is not None and compiled.BYTE_UNITS
-
-
-def converts_halves() -> bool:
-    """Whether the processor turns float16 into float32 by itself."""
-    compiled = load()
-    return compiled is not None and compiled.HALF
-
-
 def forked() -> bool:
     """Whether this process is the child of a fork, where a parallel matmul of torch may wait for ever."""
     return _runtime.forked
@@ -182,27 +152,16 @@ class _Workspace(threading.local):
     call (a signal, a finalizer) may replace it, and the call goes on in what it holds.
     """
 
-    held: tuple[Tensor | None, int, int] = (None, 0, 0)
+    def __init__(self) -> None:
+        self.held = _allocate(4096)  # room for what is given, and for small products
+
+
+def _allocate(size: int) -> tuple[Tensor, int, int]:
+    memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return memory, memory.data_ptr(), size
 
 
 _workspace = _Workspace()
-
-
-def _enter(entry: Callable[..., int], *args: int) -> None:
-    memory, address, size = _workspace.held
-    while True:
-        if _runtime.one_at_a_time is None:
-            needed = entry(address, size, *args)
-        else:
-            with _runtime.one_at_a_time:
-                needed = entry(address, size, *args)
-        if not needed:
-            del memory  # lives until here, where the threads are done with it
-            return
-        memory = torch.empty(needed, dtype=torch.uint8, device="cpu")
-        address, size = memory.data_ptr(), needed
-        if size <= _KEPT:
-            _workspace.held = memory, address, size
 
 
 def linear(
@@ -219,8 +178,6 @@ def linear(
 
     The operands were checked; `usual` is what `operands.check` gave.
     """
-    compiled = _runtime.compiled
-    assert compiled is not None, "choice.py asks for a compiled way only where load() gave one"
     given = x.dtype
     if given is torch.float16:
         x = x.float()
@@ -229,7 +186,7 @@ def linear(
         scale = None if scale is None else scale.float().contiguous()
         zero_point = None if zero_point is None else zero_point.contiguous()
         bias = None if bias is None else (bias if bias.dtype is torch.bfloat16 else bias.float()).contiguous()
-    n, k = weight.shape
+    n = weight.shape[0]
     shape = x.shape  # two and three dimensions written out: unpacking takes as long again
     if len(shape) == 2:
         out = x.new_empty(shape[0], n)
@@ -237,57 +194,14 @@ def linear(
         out = x.new_empty(shape[0], shape[1], n)
     else:
         out = x.new_empty(*shape[:-1], n)
-    if n == 0:
-        return out.to(given)
-    args = (
-        _threads(),
-        n,
-        k,
-        x.numel() // k,
-        weight.data_ptr() or _no_memory("weight"),
-        0 if scale is None else scale.data_ptr() or _no_memory("scale"),
-        0 if zero_point is None else zero_point.data_ptr() or _no_memory("zero_point"),
-        0 if bias is None else bias.data_ptr() or _no_memory("bias"),
-        1 if bias is not None and bias.dtype is torch.bfloat16 else 0,
-        x.data_ptr() or _no_memory("input"),
-        1 if x.dtype is torch.bfloat16 else 0,
-        out.data_ptr(),
-    )
-    launcher = _runtime.launcher
-    if way == "int16":
-        _enter(compiled.linear_int16, launcher, compiled.PREPARE, compiled.INTEGERS, *args)
-    elif way == "int8":
-        workers = (compiled.PEAKS, compiled.PREPARE_BYTES, compiled.INTEGERS)
-        _enter(compiled.linear_int8, launcher, *workers, outlier_columns, *args)
-    else:
-        worker = compiled.HALVES if scale is None else compiled.FLOAT
-        _enter(compiled.linear_float, launcher, worker, *args)
+    if n:
+        _enter(way, weight, scale, zero_point, bias, x, out, outlier_columns)
     return out.to(given) if given is torch.float16 else out
-
-
-def _no_memory(name: str) -> NoReturn:
-    raise RuntimeError(
-        f"Expected values behind the {name}, got a tensor that stands for them; clone it first."
-    )
 
 
 def expand(weight: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor) -> Tensor:
     """`(weight - zero_point) * scale` into `out`, float32: codes without gaps, a scale for each row."""
-    compiled = _runtime.compiled
-    assert compiled is not None, "only called where load() gave the kernels"
-    n = weight.shape[0]
-    _enter(
-        compiled.expand,
-        _runtime.launcher,
-        compiled.EXPAND,
-        _threads(),
-        n,
-        weight.numel() // n,
-        weight.data_ptr() or _no_memory("weight"),
-        scale.data_ptr() or _no_memory("scale"),
-        0 if zero_point is None else zero_point.data_ptr() or _no_memory("zero_point"),
-        out.data_ptr(),
-    )
+    _enter("expand", weight, scale, zero_point, None, None, out)
     return out
 
 
@@ -296,18 +210,56 @@ def encode(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | No
 
     A scale that is not finite says that the row has no range; its codes are not written.
     """
-    compiled = _runtime.compiled
-    assert compiled is not None, "only called where load() gave the kernels"
+    _enter("encode", weight, scale, zero_point, None, None, codes)
+
+
+def _enter(
+    name: str,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor | None,
+    out: Tensor,
+    outlier_columns: int = 0,
+) -> None:
+    """Call the entry of this name in a workspace as large as it asks for. Every tensor is without gaps."""
+    assert _runtime.compiled is not None, "choice.py asks for a compiled way only where load() gave one"
+    entry = _runtime.compiled.ENTRIES[name]
     n = weight.shape[0]
-    _enter(
-        compiled.encode,
+    k = weight.numel() // n
+    given = (
         _runtime.launcher,
-        compiled.ENCODE,
         _threads(),
         n,
-        weight.numel() // n,
+        k,
+        0 if x is None else x.numel() // k,
+        outlier_columns,
         weight.data_ptr() or _no_memory("weight"),
-        codes.data_ptr(),
-        scale.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
+        0 if scale is None else scale.data_ptr() or _no_memory("scale"),
+        0 if zero_point is None else zero_point.data_ptr() or _no_memory("zero_point"),
+        0 if bias is None else bias.data_ptr() or _no_memory("bias"),
+        1 if bias is not None and bias.dtype is torch.bfloat16 else 0,
+        0 if x is None else x.data_ptr() or _no_memory("input"),
+        1 if x is not None and x.dtype is torch.bfloat16 else 0,
+        out.data_ptr(),
+    )
+    memory, address, size = _workspace.held
+    while True:
+        if _runtime.one_at_a_time is None:
+            needed = entry(address, size, given)
+        else:
+            with _runtime.one_at_a_time:
+                needed = entry(address, size, given)
+        if not needed:
+            del memory  # lives until here, where the threads are done with it
+            return
+        memory, address, size = larger = _allocate(needed)
+        if size <= _KEPT:
+            _workspace.held = larger
+
+
+def _no_memory(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"Expected values behind the {name}, got a tensor that stands for them; clone it first."
     )

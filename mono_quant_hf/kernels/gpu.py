@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import part_of, row_blocks, without_autocast
+from .portable import part_of, row_blocks, without_autocast
 
 HALVES = (torch.bfloat16, torch.float16)
 MANY_TOKENS = 512

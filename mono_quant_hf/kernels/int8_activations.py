@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import cpu, portable
-from .plain import is_plain
-from .rows import without_autocast
+from .operands import Column, is_plain
+from .portable import without_autocast
 
 LARGEST = 127
 LONGEST = 1 << 16
@@ -40,9 +40,10 @@ def _torch_has(*units: str) -> bool:
 
 def has_units() -> bool:
     """Whether this CPU multiplies int8 in hardware, and our kernel or torch uses it."""
-    if cpu.load() is None:
+    compiled = cpu.load()
+    if compiled is None:
         return _torch_has("avx512_vnni", "amx_int8")
-    return cpu.multiplies_bytes() or _torch_has("amx_int8")
+    return compiled.BYTE_UNITS or _torch_has("amx_int8")
 
 
 def by_kernel(k: int) -> bool:
@@ -58,9 +59,7 @@ def is_exact(k: int) -> bool:
     return by_kernel(k) or _torch_has("avx512_vnni", "amx_int8")
 
 
-def forward(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Column, bias: Column) -> Tensor:
     """`x Wᵀ + b` with x rounded per token but for its outlier columns, in x's dtype. No gradient.
 
     Args:
@@ -82,7 +81,7 @@ def forward(
 
 
 def _add_scaled(
-    out: Tensor, values: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+    out: Tensor, values: Tensor, weight: Tensor, scale: Tensor, zero_point: Column, bias: Column
 ) -> Tensor:
     """`out` and the integer part, in torch's own operations, which a compiler fuses."""
     steps = values.abs().amax(1, keepdim=True) / LARGEST
@@ -92,12 +91,3 @@ def _add_scaled(
         products = products - codes.sum(1, keepdim=True).float() * zero_point.t().float()
     out = out + products * (steps * scale.t())
     return out if bias is None else out + bias.float()
-
-
-class Int8Activations(portable.PortableLinear):
-    """The gradient passes the rounding of x as if it were not there, and is that of the dequantized weight."""
-
-    @staticmethod
-    def forward(ctx, x, weight, scale, zero_point, bias):  # type: ignore[no-untyped-def]
-        portable.keep(ctx, weight, scale, zero_point, bias)
-        return forward(x, weight, scale, zero_point, bias)

@@ -1,146 +1,87 @@
-"""The torch operators `mono_quant::linear_int8`, `linear_fp16` and `linear_int8_activations`, with fake, backward
-and autograd.
+"""The product with a quantized weight, as torch operators with gradients, which `linear` passes by where it can.
 
-Registered by hand rather than as a `custom_op`, whose wrappers cost more than the product of a small layer.
-The backward is an operator too, so that a compiled backward expands nothing whole, and the gradient of the
-gradient is defined.
+`mono_quant::linear` and `mono_quant::linear_backward` are registered by hand rather than as a `custom_op`, whose
+wrappers cost more than the product of a small layer. The backward is an operator too, so that a compiled backward
+expands nothing whole, and the gradient of the gradient is defined.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import blocks, cpu, gpu, int8_activations, portable
-from .choice import decide, decide_int8, get_kernel, is_small
-from .operands import check, check_kinds
-from .plain import is_plain
+from .choice import decide, decide_for, decide_int8_for, get_kernel
+from .operands import Column, check, check_kinds, check_memory, is_plain
 
 _library = torch.library.Library("mono_quant", "DEF")
 _library.define(
-    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias) -> Tensor"
+    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor? bias, str? activations=None) -> Tensor"
 )
-_library.define(
-    "linear_int8_activations(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias) -> Tensor"
-)
-_library.define("linear_fp16(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define(
-    "linear_int8_backward(Tensor grad, Tensor weight, Tensor scale, Tensor? zero_point) -> Tensor"
-)
-_library.define("linear_fp16_backward(Tensor grad, Tensor weight) -> Tensor")
+_library.define("linear_backward(Tensor grad, Tensor weight, Tensor? scale, Tensor? zero_point) -> Tensor")
 _ops = torch.ops.mono_quant
 
 
-def compute(
-    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """The product by the way chosen, without gradient."""
-    return _compute(check(x, weight, scale, zero_point, bias), x, weight, scale, zero_point, bias)
-
-
-def _compute(
-    usual: bool,
+def linear(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    activations: str | None = None,
 ) -> Tensor:
-    """`compute` of operands that were checked: `usual` is what `check` gave."""
-    n, k = weight.shape
-    tokens = x.numel() // k if k else 0
-    device = "cpu" if usual or x.is_cpu else str(x.device)
-    contiguous = usual or weight.is_contiguous()
-    name = decide(device, x.dtype, weight.dtype, tokens, contiguous, is_small(n, k), get_kernel()).name
-    if name == "portable":
-        return portable.forward(x, weight, scale, zero_point, bias)
-    if name == "blocks":
-        return blocks.linear(x, weight, scale, zero_point, bias)
-    if name == "triton":
-        return gpu.linear(x, weight, scale, zero_point, bias)
-    return cpu.linear(name, x, weight, scale, zero_point, bias, usual)
+    """`x Wᵀ + b` with `W = (weight - zero_point) * scale`, or `W = weight` for a float16 weight.
+
+    Args:
+        x: [..., K], any floating dtype.
+        weight: [N, K], int8 codes, or float16.
+        scale: [N, 1] float32 for int8 codes; None for float16.
+        zero_point: [N, 1] int8, or None for symmetric codes.
+        bias: [N] floating, or None.
+        activations: `"int8"` rounds x to int8 with a scale for each token, but for its outlier columns, where
+            there are int8 codes, 17 tokens or more and a device that gains by it; see `choose`.
+
+    Returns:
+        [..., N] in the dtype of `x`, with and without autocast.
+
+    Raises:
+        TypeError: `x` is not floating; `weight`, `scale` and `zero_point` are neither of the two kinds.
+        RuntimeError: a shape or a device that does not fit; memory that was freed.
+
+    Weight, scale and zero-point are constants: gradients flow to `x` and to `bias`, exactly those of the
+    dequantized weight, which is not kept between forward and backward.
+
+    Example:
+        >>> codes = torch.tensor([[10, -20], [0, 127]], dtype=torch.int8)
+        >>> linear(torch.ones(1, 2), codes, scale=torch.tensor([[0.5], [1.0]]))
+        tensor([[ -5., 127.]])
+    """
+    plain = is_plain(x, weight, scale, zero_point, bias)
+    if plain and not _wants_grad(x, bias):
+        return _compute(x, weight, scale, zero_point, bias, activations)
+    # In plain operations, which a compiler may fuse. Where Triton is, a kernel of ours that reads codes does better
+    # than what Inductor makes of them, which is a half-precision weight in memory.
+    fused = get_kernel() == "portable" or not (x.is_cpu or x.is_meta or not gpu.why_missing(x.device))
+    if fused or (activations is not None and not x.is_cpu):
+        (check if plain else check_kinds)(x, weight, scale, zero_point, bias)
+        if activations is not None and not decide_int8_for(x, weight).name:
+            activations = None
+        if fused or activations is not None:
+            return _Product.apply(False, activations, x, weight, scale, zero_point, bias)
+    return _ops.linear.default(x, weight, scale, zero_point, bias, activations)
 
 
-# ---------------------------------------------------------------- on the CPU, elsewhere, and as fakes
-
-
-def _compute_backward(
-    grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None
+def linear_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None
 ) -> Tensor:
-    check(grad, weight, scale, zero_point, None, inner=0)
-    if grad.is_cpu and grad.dtype != torch.float64 and get_kernel() != "portable":
-        return blocks.backward(grad, weight, scale, zero_point)
-    return portable.backward(grad, weight, scale, zero_point)
+    """The gradient of `linear` to its input: `grad W`, `[..., N]` by `[N, K]`, in the dtype of `grad`.
 
-
-_library.impl("linear_int8", compute, "CompositeExplicitAutograd")
-_library.impl("linear_int8_backward", _compute_backward, "CompositeExplicitAutograd")
-
-
-def _takes_int8(x: Tensor, weight: Tensor) -> bool:
-    n, k = weight.shape
-    tokens = x.numel() // k if k else 0
-    device = "cpu" if x.is_cpu else x.device.type
-    choice = decide_int8(device, x.dtype, weight.dtype, tokens, n, k, is_small(n, k), get_kernel())
-    return choice.name == "int8"
-
-
-def _compute_int8_activations(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    usual = check(x, weight, scale, zero_point, bias)
-    if not _takes_int8(x, weight):
-        return _compute(usual, x, weight, scale, zero_point, bias)
-    return int8_activations.forward(x, weight, scale, zero_point, bias)
-
-
-_library.impl("linear_int8_activations", _compute_int8_activations, "CompositeExplicitAutograd")
-
-
-def _linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return compute(x, weight, None, None, bias)
-
-
-def _linear_fp16_backward(grad: Tensor, weight: Tensor) -> Tensor:
-    return _compute_backward(grad, weight, None, None)
-
-
-_library.impl("linear_fp16", _linear_fp16, "CompositeExplicitAutograd")
-_library.impl("linear_fp16_backward", _linear_fp16_backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mono_quant::linear_int8", lib=_library)
-@torch.library.register_fake("mono_quant::linear_int8_activations", lib=_library)
-def _(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _fake_product(x, weight, scale, zero_point, bias)
-
-
-@torch.library.register_fake("mono_quant::linear_fp16", lib=_library)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _fake_product(x, weight, None, None, bias)
-
-
-@torch.library.register_fake("mono_quant::linear_int8_backward", lib=_library)
-def _(grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    return _fake_product(grad, weight, scale, zero_point, None, inner=0)
-
-
-@torch.library.register_fake("mono_quant::linear_fp16_backward", lib=_library)
-def _(grad: Tensor, weight: Tensor) -> Tensor:
-    return _fake_product(grad, weight, None, None, None, inner=0)
-
-
-def _fake_product(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    inner: int = 1,
-) -> Tensor:
-    check_kinds(x, weight, scale, zero_point, bias, inner)
-    return x.new_empty((*x.shape[:-1], weight.shape[1 - inner]))
+    Example:
+        >>> codes = torch.tensor([[10, -20], [0, 127]], dtype=torch.int8)
+        >>> linear_backward(torch.ones(1, 2), codes, scale=torch.tensor([[0.5], [1.0]]))
+        tensor([[  5., 117.]])
+    """
+    return _ops.linear_backward.default(grad, weight, scale, zero_point)
 
 
 def grouped_linear(
@@ -168,136 +109,132 @@ def grouped_linear(
     return gpu.grouped_linear(x, weight, scale, zero_point, ends)
 
 
+# ---------------------------------------------------------------- on every device, and as fakes
+
+
+def _compute(
+    x: Tensor, weight: Tensor, scale: Column, zero_point: Column, bias: Column, activations: str | None = None
+) -> Tensor:
+    """The product by the way chosen, without gradient."""
+    usual = check(x, weight, scale, zero_point, bias)
+    if activations is not None and scale is not None and decide_int8_for(x, weight).name:
+        return int8_activations.linear(x, weight, scale, zero_point, bias)
+    name = decide_for(x, weight, usual).name
+    if name == "portable":
+        return portable.linear(x, weight, scale, zero_point, bias)
+    if name == "blocks":
+        return blocks.linear(x, weight, scale, zero_point, bias)
+    if name == "triton":
+        return gpu.linear(x, weight, scale, zero_point, bias)
+    return cpu.linear(name, x, weight, scale, zero_point, bias, usual)
+
+
+def _compute_backward(grad: Tensor, weight: Tensor, scale: Column, zero_point: Column) -> Tensor:
+    check(grad, weight, scale, zero_point, None, inner=0)
+    if grad.is_cpu and grad.dtype != torch.float64 and get_kernel() != "portable":
+        return blocks.backward(grad, weight, scale, zero_point)
+    return portable.backward(grad, weight, scale, zero_point)
+
+
+@torch.library.register_fake("mono_quant::linear", lib=_library)
+def _(
+    x: Tensor, weight: Tensor, scale: Column, zero_point: Column, bias: Column, activations: str | None = None
+) -> Tensor:
+    check_kinds(x, weight, scale, zero_point, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("mono_quant::linear_backward", lib=_library)
+def _(grad: Tensor, weight: Tensor, scale: Column, zero_point: Column) -> Tensor:
+    check_kinds(grad, weight, scale, zero_point, None, inner=0)
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
 # ---------------------------------------------------------------- autograd
 
 
-class _Linear(torch.autograd.Function):
-    """Keeps the codes, not the expanded weight, from forward to backward. The gradient is that of the dequantized
-    weight, also where the operator rounds x: it passes the rounding as if that were not there.
+def _wants_grad(x: Tensor, bias: Column = None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+class _Product(torch.autograd.Function):
+    """By our operators or by operations of torch's. Keeps the codes, not the expanded weight, from forward to backward.
+
+    The gradient is that of the dequantized weight, also where x is rounded: it passes the rounding as if that were not
+    there.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        operator: Callable[..., Tensor],
+        by_operator: bool,
+        activations: str | None,
         x: Tensor,
         weight: Tensor,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-        bias: Tensor | None,
+        scale: Column,
+        zero_point: Column,
+        bias: Column,
     ) -> Tensor:
-        portable.keep(ctx, weight, scale, zero_point, bias)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(x, weight, scale, zero_point, bias)
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.by_operator, ctx.bias_dtype = by_operator, None if bias is None else bias.dtype
+        if by_operator:
+            with torch._C._AutoDispatchBelowAutograd():
+                return _ops.linear.default(x, weight, scale, zero_point, bias, activations)
+        if activations is not None and scale is not None:
+            return int8_activations.linear(x, weight, scale, zero_point, bias)
+        return portable.linear(x, weight, scale, zero_point, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, zero_point = ctx.saved_tensors
-        to_x = call_backward(grad, weight, scale, zero_point) if ctx.needs_input_grad[1] else None
-        to_bias = None
-        if ctx.needs_input_grad[5]:
+        to_x = to_bias = None
+        if ctx.needs_input_grad[2]:
+            if not ctx.by_operator and is_plain(grad, weight, scale, zero_point):
+                check_memory(weight=weight, scale=scale, zero_point=zero_point)
+            backward = linear_backward if ctx.by_operator else portable.backward
+            to_x = backward(grad, weight, scale, zero_point)
+        if ctx.needs_input_grad[6]:
             to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return None, to_x, None, None, None, to_bias
+        return None, None, to_x, None, None, None, to_bias
 
 
-class _LinearBackward(torch.autograd.Function):
+class _Gradient(torch.autograd.Function):
     """`grad W` is a product too: its gradient to `grad` is the forward without the bias."""
 
     @staticmethod
-    def forward(
-        ctx: Any, grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, scale: Column, zero_point: Column) -> Tensor:
         ctx.save_for_backward(weight, scale, zero_point)
         with torch._C._AutoDispatchBelowAutograd():
-            return call_backward(grad, weight, scale, zero_point)
+            return linear_backward(grad, weight, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, zero_point = ctx.saved_tensors
-        return call(grad, weight, scale, zero_point, None), None, None, None
+        return _ops.linear.default(grad, weight, scale, zero_point, None), None, None, None
 
 
-def call(
-    x: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """The operator for this weight."""
-    if scale is None:
-        return _ops.linear_fp16.default(x, weight, bias)
-    return _ops.linear_int8.default(x, weight, scale, zero_point, bias)
-
-
-def call_int8_activations(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor | None:
-    """The product with int8 activations; None where the device has none and the layer computes as without."""
-    plain = is_plain(x, weight, scale, zero_point, bias)
-    if x.is_cpu:
-        if plain and not _wants_grad(x, bias):
-            return _compute_int8_activations(x, weight, scale, zero_point, bias)
-        return _ops.linear_int8_activations.default(x, weight, scale, zero_point, bias)
-    (check if plain else check_kinds)(x, weight, scale, zero_point, bias)
-    if x.is_meta or not _takes_int8(x, weight):
-        return None
-    return int8_activations.Int8Activations.apply(x, weight, scale, zero_point, bias)
-
-
-def call_backward(grad: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
-    """The operator of the gradient to x."""
-    if scale is None:
-        return _ops.linear_fp16_backward.default(grad, weight)
-    return _ops.linear_int8_backward.default(grad, weight, scale, zero_point)
-
-
-def _wants_grad(x: Tensor, bias: Tensor | None = None) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-
-
-def _autograd_int8(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+def _autograd(
+    x: Tensor, weight: Tensor, scale: Column, zero_point: Column, bias: Column, activations: str | None = None
 ) -> Tensor:
     if _wants_grad(x, bias):
-        return _Linear.apply(call, x, weight, scale, zero_point, bias)
+        return _Product.apply(True, activations, x, weight, scale, zero_point, bias)
     # As in compiled code under no_grad: spare the way through the dispatcher.
     if x.is_cpu and is_plain(x, weight, scale, zero_point, bias):
-        return compute(x, weight, scale, zero_point, bias)
+        return _compute(x, weight, scale, zero_point, bias, activations)
     with torch._C._AutoDispatchBelowAutograd():
-        return call(x, weight, scale, zero_point, bias)
+        return _ops.linear.default(x, weight, scale, zero_point, bias, activations)
 
 
-def _autograd_int8_activations(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    if _wants_grad(x, bias):
-        return _Linear.apply(_ops.linear_int8_activations.default, x, weight, scale, zero_point, bias)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.linear_int8_activations.default(x, weight, scale, zero_point, bias)
-
-
-def _autograd_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _wants_grad(x, bias):
-        return _Linear.apply(call, x, weight, None, None, bias)
-    if x.is_cpu and is_plain(x, weight, bias=bias):
-        return compute(x, weight, None, None, bias)
-    with torch._C._AutoDispatchBelowAutograd():
-        return call(x, weight, None, None, bias)
-
-
-def _autograd_int8_backward(grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def _autograd_backward(grad: Tensor, weight: Tensor, scale: Column, zero_point: Column) -> Tensor:
     if _wants_grad(grad):
-        return _LinearBackward.apply(grad, weight, scale, zero_point)
+        return _Gradient.apply(grad, weight, scale, zero_point)
     with torch._C._AutoDispatchBelowAutograd():
-        return call_backward(grad, weight, scale, zero_point)
+        return linear_backward(grad, weight, scale, zero_point)
 
 
-def _autograd_fp16_backward(grad: Tensor, weight: Tensor) -> Tensor:
-    if _wants_grad(grad):
-        return _LinearBackward.apply(grad, weight, None, None)
-    with torch._C._AutoDispatchBelowAutograd():
-        return call_backward(grad, weight, None, None)
-
-
-_library.impl("linear_int8", _autograd_int8, "Autograd")
-_library.impl("linear_int8_activations", _autograd_int8_activations, "Autograd")
-_library.impl("linear_fp16", _autograd_fp16, "Autograd")
-_library.impl("linear_int8_backward", _autograd_int8_backward, "Autograd")
-_library.impl("linear_fp16_backward", _autograd_fp16_backward, "Autograd")
+for _name, _kernel, _above in (
+    ("linear", _compute, _autograd),
+    ("linear_backward", _compute_backward, _autograd_backward),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _above, "Autograd")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mono_quant_hf.kernels.rows import without_autocast
+from mono_quant_hf.kernels.portable import without_autocast
 
 from .base import QuantizedModule, check_input
 from .registry import MIXINS, quantized_twin

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from mono_quant_hf import kernels
 from mono_quant_hf.kernels.convolution import convolution
-from mono_quant_hf.kernels.plain import is_plain
+from mono_quant_hf.kernels.operands import is_plain
 
 _ATEN = torch.ops.aten
 
@@ -273,20 +273,7 @@ def _grouped_mm(func: Any, input: Any, weight: Any, offs: Any = None, *rest: Any
 def _convolution(func: Any, x: Any, weight: Any, bias: Any, *geometry: Any) -> Any:
     if not isinstance(weight, FloatView) or isinstance(x, FloatView):
         return NotImplemented
-    stride, padding, dilation, transposed, output_padding, groups = geometry
-    return convolution(
-        x,
-        weight.stored,
-        weight.scale,
-        weight.zero_point,
-        _expanded(bias),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        transposed=transposed,
-        output_padding=output_padding,
-    )
+    return convolution(x, weight.stored, weight.scale, weight.zero_point, _expanded(bias), geometry)
 
 
 # ---------------------------------------------------------------- other sides of the same weight

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mono_quant_hf.kernels import choose, expand, gpu, linear, linear_backward, rows, use_kernel
+from mono_quant_hf.kernels import choose, expand, gpu, linear, linear_backward, portable, use_kernel
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not installed (pip install triton)"
@@ -64,24 +64,27 @@ def relative_error(got, exact):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("block_bytes", [64 << 20, 1])
 def test_the_plain_way_off_the_cpu_rounds_no_weight(monkeypatch, dtype, symmetric, block_bytes):
-    monkeypatch.setattr(rows, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(portable, "BLOCK_BYTES", block_bytes)
     stored = operands(symmetric=symmetric)
     x, bias, grad = torch.randn(5, 200).to(dtype), torch.randn(96), torch.randn(5, 96).to(dtype)
     exact = expand(*stored, dtype=torch.float64)
     # A product is rounded, and its scaled result; float32 also rounds its sums.
     bound = (4 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps / 3**0.5
-    assert relative_error(rows.linear(x, *stored, bias), x.double() @ exact.T + bias.double()) < bound
-    assert relative_error(rows.backward(grad, *stored), grad.double() @ exact) < bound
+    assert (
+        relative_error(portable.linear_by_rows(x, *stored, bias), x.double() @ exact.T + bias.double())
+        < bound
+    )
+    assert relative_error(portable.backward_by_rows(grad, *stored), grad.double() @ exact) < bound
 
 
 def test_float16_keeps_its_range():
     codes, scale = torch.full((16, 512), 127, dtype=torch.int8), torch.full((16, 1), 1e-3)
     x = torch.full((8, 512), 100.0).half()  # the sum of products with the codes is 6.5 million
     exact = x.double() @ expand(codes, scale, dtype=torch.float64).T
-    assert relative_error(rows.linear(x, codes, scale, None, None), exact) < 1e-3
+    assert relative_error(portable.linear_by_rows(x, codes, scale, None, None), exact) < 1e-3
     tiny = torch.full((16, 1), 1e-8)  # (code * scale) is far under the smallest normal float16
     exact = x.double() @ expand(codes, tiny, dtype=torch.float64).T
-    assert relative_error(rows.linear(x, codes, tiny, None, None), exact) < 2e-3
+    assert relative_error(portable.linear_by_rows(x, codes, tiny, None, None), exact) < 2e-3
 
 
 class Traffic(TorchDispatchMode):
@@ -109,7 +112,7 @@ def test_a_weight_costs_five_bytes_of_traffic_and_a_block_of_memory(dtype):
     with Traffic() as traffic:
         linear(x, *stored)
     assert traffic.bytes / stored[0].numel() < 5.05
-    assert traffic.largest <= rows.BLOCK_BYTES
+    assert traffic.largest <= portable.BLOCK_BYTES
     with Traffic() as traffic:
         linear_backward(torch.empty(1, 8192, dtype=dtype, device="meta"), *stored)
     assert traffic.bytes / stored[0].numel() < 5.05

@@ -4,13 +4,15 @@ Each test is a process of its own, most of them with an allocator that gives fre
 arena for all threads, and poisons it before.
 """
 
+import os
+import subprocess
 import sys
 
 import pytest
 
 from mono_quant_hf.kernels import cpu
 
-from .own_process import finish, log_lines, run, start
+from .own_process import ROOT, finish, log_lines, run, start
 
 pytestmark = [
     pytest.mark.skipif(cpu.load() is None, reason=f"no compiled kernels: {cpu.why_missing()}"),
@@ -305,12 +307,12 @@ def test_damaged_files_are_compiled_again(compiled_cache):
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         for function, damaged in (
-            ("_expand_worker", b"\0garbage" * 100),
-            ("_peaks_worker", flipped),
-            ("_prepare", content[:middle]),
-            ("_encode_worker", b""),
+            ("codes.expand", b"\0garbage" * 100),
+            ("integers.linear_integers", flipped),
+            ("floats.linear_floats", content[:middle]),
+            ("codes.encode", b""),
         ):
-            if path.name.startswith(f"compiled.{function}-"):
+            if path.name.startswith(f"{function}-"):
                 path.write_bytes(damaged)
                 left[path] = damaged
     assert len(left) == 8
@@ -336,3 +338,25 @@ def test_a_disk_that_is_full(tmp_path):
 def test_a_compiler_that_is_switched_off():
     (line,) = log_lines(run("products()", NUMBA_DISABLE_JIT="1"))
     assert "WARNING" in line and "NUMBA_DISABLE_JIT" in line
+
+
+def test_a_change_of_any_source_file_compiles_all_again(tmp_path):
+    """Numba itself looks at the file of a function alone, not at those that it takes others from."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    (folder / "cache.py").write_text((ROOT / "mono_quant_hf/kernels/compiled/cache.py").read_text())
+    (folder / "part.py").write_text("import numba\n\n@numba.njit\ndef part():\n    return 1\n")
+    (folder / "whole.py").write_text(
+        "from kernels.cache import Cache\nfrom kernels.part import part\n\ncache = Cache()\n\n"
+        "@cache.compile('int64()')\ndef whole():\n    return part()\n\ncache.seal()\n"
+    )
+    code = "from kernels.whole import cache, whole; print(cache.complete, whole())"
+
+    def printed():
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        return subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
+
+    assert (printed(), printed()) == (["False", "1"], ["True", "1"])
+    (folder / "part.py").write_text((folder / "part.py").read_text().replace("1", "2"))
+    assert (printed(), printed()) == (["False", "2"], ["True", "2"])
+    assert len(list(tmp_path.rglob("*.sha256"))) == 1

@@ -68,12 +68,12 @@ TABLE = """
     ops = torch.ops.mono_quant
     ENTRIES = {
         "linear": (linear, 1),
-        "linear_int8": (ops.linear_int8, 1),
-        "linear_int8_activations": (ops.linear_int8_activations, 1),
-        "linear_int8_backward": (lambda x, w, s, z, b: ops.linear_int8_backward(x, w, s, z), 0),
+        "operator": (ops.linear, 1),
+        "operator, int8 activations": (lambda x, w, s, z, b: ops.linear(x, w, s, z, b, "int8"), 1),
+        "operator backward": (lambda x, w, s, z, b: ops.linear_backward(x, w, s, z), 0),
         "linear of float16": (lambda x, w, s, z, b: linear(x, w, None, None, b), 1),
-        "linear_fp16": (lambda x, w, s, z, b: ops.linear_fp16(x, w, b), 1),
-        "linear_fp16_backward": (lambda x, w, s, z, b: ops.linear_fp16_backward(x, w), 0),
+        "operator of float16": (lambda x, w, s, z, b: ops.linear(x, w, None, None, b), 1),
+        "operator backward of float16": (lambda x, w, s, z, b: ops.linear_backward(x, w, None, None), 0),
         "expand": (lambda x, w, s, z, b: expand(w, s, z), None),
     }
 

@@ -70,12 +70,14 @@ def test_operators_keep_torchs_rules():
     weight, scale, zero_point = codes(24, 40)
     x, bias = torch.randn(3, 40, requires_grad=True), torch.randn(24, requires_grad=True)
     ops = torch.ops.mono_quant
-    torch.library.opcheck(ops.linear_int8.default, (x, weight, scale, zero_point, bias))
-    torch.library.opcheck(ops.linear_int8.default, (x, weight, scale, None, None))
-    torch.library.opcheck(ops.linear_fp16.default, (x, torch.randn(24, 40).half(), bias))
+    half = torch.randn(24, 40).half()
+    torch.library.opcheck(ops.linear.default, (x, weight, scale, zero_point, bias))
+    torch.library.opcheck(ops.linear.default, (x, weight, scale, zero_point, bias, "int8"))
+    torch.library.opcheck(ops.linear.default, (x, weight, scale, None, None))
+    torch.library.opcheck(ops.linear.default, (x, half, None, None, bias))
     grad = torch.randn(3, 24, requires_grad=True)
-    torch.library.opcheck(ops.linear_int8_backward.default, (grad, weight, scale, zero_point))
-    torch.library.opcheck(ops.linear_fp16_backward.default, (grad, torch.randn(24, 40).half()))
+    torch.library.opcheck(ops.linear_backward.default, (grad, weight, scale, zero_point))
+    torch.library.opcheck(ops.linear_backward.default, (grad, half, None, None))
 
 
 @pytest.mark.parametrize("kind", ("asymmetric", "half"))
@@ -160,4 +162,4 @@ def test_fake_tensors_and_counters_see_an_operator():
 
     with torch.no_grad(), Watch():
         layer(torch.ones(1, 40))
-    assert "mono_quant.linear_int8.default" in seen
+    assert "mono_quant.linear.default" in seen

@@ -5,8 +5,9 @@ import torch
 
 from mono_quant_hf import kernels
 from mono_quant_hf.core import quantize_to_codes
+from mono_quant_hf.kernels import codes as kernel_codes
 from mono_quant_hf.kernels import cpu
-from mono_quant_hf.kernels.quantization import LARGE
+from mono_quant_hf.kernels.codes import LARGE
 
 pytestmark = pytest.mark.skipif(cpu.load() is None, reason=f"no compiled kernels: {cpu.why_missing()}")
 
@@ -40,7 +41,7 @@ def test_the_numbers_are_those_of_core(seed, shape, symmetric):
 
 
 def test_every_row_of_a_large_weight_is_written_once(monkeypatch):
-    monkeypatch.setattr(kernels.quantization, "quantize_to_codes", None)  # the kernel itself has to do it
+    monkeypatch.setattr(kernel_codes, "quantize_to_codes", None)  # the kernel itself has to do it
     made = weight(0, (700, 700))
     codes, scale, zero_point = kernels.quantize(made)
     assert (((codes - zero_point.float()) * scale - made).abs() <= scale * 0.5001).all()

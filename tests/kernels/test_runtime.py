@@ -12,7 +12,9 @@ from mono_quant_hf.kernels import KERNELS, Choice, choose, cpu, get_kernel, line
 from .own_process import log_lines, run
 from .test_linear import close, codes
 
-needs_compiled = pytest.mark.skipif(cpu.load() is None, reason="no compiled kernels here")
+COMPILED = cpu.load()
+X86 = COMPILED is not None and COMPILED.X86
+needs_compiled = pytest.mark.skipif(COMPILED is None, reason="no compiled kernels here")
 
 
 def test_the_choice_is_told_with_its_reason():
@@ -31,11 +33,11 @@ def test_the_choice_is_told_with_its_reason():
 @needs_compiled
 def test_the_choice_by_shape():
     weight = codes(128, 64)[0]
-    assert choose(torch.ones(1, 64), weight).name == ("float" if cpu.streams_floats() else "int16")
+    assert choose(torch.ones(1, 64), weight).name == ("float" if COMPILED.STREAMS_FLOATS else "int16")
     assert choose(torch.ones(4, 64), weight).name == "int16"
     assert choose(torch.ones(4, 64), weight[:64]).name == "float"  # small
     assert choose(torch.ones(4, 64), weight[:, ::2]).name == "blocks"
-    if cpu.converts_halves():
+    if COMPILED.HALF:
         assert choose(torch.ones(1, 64), weight.half()).name == "float"
         assert choose(torch.ones(1000, 64), weight.half()).name == "float"
 
@@ -81,8 +83,6 @@ def test_numba_is_imported_only_when_a_product_needs_it():
     run("assert 'numba' not in sys.modules\nproducts()")
 
 
-COMPILED = cpu.load()
-X86 = COMPILED is not None and COMPILED.X86
 VECTORS = """
     from mono_quant_hf.kernels import compiled, use_kernel
     products()

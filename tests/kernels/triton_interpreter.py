@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from mono_quant_hf.kernels import gpu, rows
+from mono_quant_hf.kernels import gpu, portable
 
 
 def mend_bfloat16() -> None:
@@ -157,12 +157,12 @@ def check_many_tokens(kind: str) -> None:
     """Rows are expanded block by block, rounded to x's dtype, and multiplied by torch."""
     stored, scale, zero_point, full = weight(kind, 70, 200)
     x, bias = torch.randn(gpu.MANY_TOKENS, 2, 200).bfloat16(), torch.randn(70)
-    before, rows.BLOCK_BYTES = rows.BLOCK_BYTES, 1
+    before, portable.BLOCK_BYTES = portable.BLOCK_BYTES, 1
     for given in (bias, None):
         got = gpu.linear(x, stored, scale, zero_point, given)
         exact = x.double() @ full.T + (0.0 if given is None else given.double())
         close("many tokens", got, exact, BOUNDS[torch.bfloat16])
-    rows.BLOCK_BYTES = before
+    portable.BLOCK_BYTES = before
 
 
 def check_gaps(dtype: torch.dtype) -> None:
