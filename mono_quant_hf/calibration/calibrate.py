@@ -20,9 +20,9 @@ from mono_quant_hf.files import check_room
 from mono_quant_hf.modules import QuantizedModule
 from mono_quant_hf.modules.base import stored_names
 
+from .blocks import Blocks, Inputs, Stage, block_pass, inputs_of
 from .layouts import Layout, Moments, layout_of
 from .resume import Expected, ResumeFolder, fingerprint_of
-from .stages import Blocks, Inputs, Stage, block_pass, inputs_of
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from mono_quant_hf.texts import texts, token_sequences
 
+from .blocks import Inputs
 from .resume import TEXT, check_resume_folder, fingerprint_of, load_kept, save_kept
-from .stages import Inputs
 
 SELF = "self"
 

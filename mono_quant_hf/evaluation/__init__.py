@@ -13,8 +13,7 @@
 Every result is a frozen dataclass with a `to_dict()` that `json` can write.  Logarithms are natural.
 """
 
-from mono_quant_hf.evaluation.distributions import DivergenceResult, divergence, kl_divergence
-from mono_quant_hf.evaluation.likelihood import PerplexityResult, perplexity
+from mono_quant_hf.evaluation.divergence import DivergenceResult, divergence, kl_divergence
 from mono_quant_hf.evaluation.outputs import (
     ClassifierComparison,
     EncoderComparison,
@@ -23,6 +22,7 @@ from mono_quant_hf.evaluation.outputs import (
     compare_encoders,
     text_embeddings,
 )
+from mono_quant_hf.evaluation.perplexity import PerplexityResult, perplexity
 from mono_quant_hf.evaluation.reference import Reference, load_reference, record_reference
 from mono_quant_hf.evaluation.report import ModuleReport, QuantizationReport, quantization_report
 from mono_quant_hf.evaluation.search import SearchResult, search_overrides

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mono_quant_hf.calibration.resume import fingerprint_of
-from mono_quant_hf.evaluation.likelihood import PerplexityResult, summarize
-from mono_quant_hf.evaluation.passages import Passage, plan
+from mono_quant_hf.evaluation.perplexity import PerplexityResult, summarize
 from mono_quant_hf.evaluation.results import jsonable
 from mono_quant_hf.evaluation.scoring import evaluating, negative_log_likelihood, score
+from mono_quant_hf.evaluation.windows import Passage, plan
 from mono_quant_hf.files import check_room, file_written_aside
 
 _MANIFEST = "reference.json"

@@ -145,13 +145,13 @@ class QuantizationReport(Result):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from mono_quant_hf.evaluation.report_pictures import draw_png
+        from mono_quant_hf.evaluation.plots import draw_png
 
         draw_png(self, Path(path))
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page with pictures and table that needs no other file and no network."""
-        from mono_quant_hf.evaluation.report_pictures import page
+        from mono_quant_hf.evaluation.plots import page
 
         with file_written_aside(path) as new:
             new.write_text(page(self), encoding="utf-8")

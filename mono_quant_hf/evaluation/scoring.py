@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mono_quant_hf.evaluation.passages import Passage, input_embedding
+from mono_quant_hf.evaluation.windows import Passage, input_embedding
 
 # Logits widened to float32 or float64 at a time: 32 MB in float64, whatever batch, window and vocabulary are.
 _CHUNK_ELEMENTS = 2**22

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.core.quantizers import FLOAT16_MAX
-from mono_quant_hf.evaluation.distributions import kl_divergence
+from mono_quant_hf.evaluation.divergence import kl_divergence
 from mono_quant_hf.evaluation.results import Result
 from mono_quant_hf.evaluation.scoring import evaluating
 from mono_quant_hf.evaluation.sensitivity import answer_of, run_on, swapped
@@ -111,7 +111,7 @@ class SearchResult(Result):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from mono_quant_hf.evaluation.report_pictures import draw_frontier
+        from mono_quant_hf.evaluation.plots import draw_frontier
 
         draw_frontier(self, Path(path))
 

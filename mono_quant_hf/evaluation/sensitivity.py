@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mono_quant_hf.core import sqnr
-from mono_quant_hf.evaluation.distributions import kl_divergence
+from mono_quant_hf.evaluation.divergence import kl_divergence
 from mono_quant_hf.evaluation.scoring import evaluating, input_device
 from mono_quant_hf.modules import QuantizedModule
 

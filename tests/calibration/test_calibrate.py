@@ -9,7 +9,7 @@ from transformers import Conv1D, GPT2Config, GPT2LMHeadModel, T5Config, T5ForCon
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.calibration import Compensation, Sampling, calibration_batches, write_text
-from mono_quant_hf.calibration.stages import Blocks
+from mono_quant_hf.calibration.blocks import Blocks
 from mono_quant_hf.modules import QuantizedModule
 from tests import tiny_models
 from tests.evaluation.conftest import TEXT, make_llama, make_tokenizer
@@ -125,7 +125,7 @@ def test_blocks_are_run_once_a_pass_and_give_what_the_whole_model_gives(monkeypa
         ["model.layers.0.mlp.down_proj"],
     ]
     in_blocks = quantize_model(copy.deepcopy(model), calibration=batches(0))
-    monkeypatch.setattr("mono_quant_hf.calibration.stages._rows_of", lambda model, names: {})
+    monkeypatch.setattr("mono_quant_hf.calibration.blocks._rows_of", lambda model, names: {})
     whole = quantize_model(copy.deepcopy(model), calibration=batches(0))
     a, b = codes_of(in_blocks), codes_of(whole)
     assert all(float((a[key] != b[key]).float().mean()) < 0.01 for key in a)

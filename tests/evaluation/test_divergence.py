@@ -16,7 +16,7 @@ from mono_quant_hf.evaluation import (
     perplexity,
     record_reference,
 )
-from mono_quant_hf.evaluation.passages import plan
+from mono_quant_hf.evaluation.windows import plan
 
 from .conftest import make_llama
 

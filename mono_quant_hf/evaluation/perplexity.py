@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mono_quant_hf.evaluation.passages import Plan, plan, task_of
 from mono_quant_hf.evaluation.processes import gather, share
 from mono_quant_hf.evaluation.results import Result, mean_and_standard_error, safe_exp
 from mono_quant_hf.evaluation.scoring import evaluating, negative_log_likelihood, score
+from mono_quant_hf.evaluation.windows import Plan, plan, task_of
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mono_quant_hf.evaluation.passages import plan
 from mono_quant_hf.evaluation.reference import Reference, batches, load_reference
 from mono_quant_hf.evaluation.results import Result, mean_and_standard_error, safe_exp
 from mono_quant_hf.evaluation.scoring import evaluating, negative_log_likelihood, row_chunks, score
+from mono_quant_hf.evaluation.windows import plan
 
 
 @dataclass(frozen=True)
