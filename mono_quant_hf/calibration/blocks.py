@@ -54,6 +54,29 @@ class _Call:
     x: Tensor
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in the mode it was in before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> with evaluating(model):
+        ...     model[1].training, torch.is_grad_enabled()
+        (False, False)
+        >>> model[1].training
+        True
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # no_grad and not inference_mode: a tensor that the model caches must stay usable for training
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """The model's output; an input called "" is handed over by position."""
     inputs = dict(inputs)

@@ -20,7 +20,7 @@ from mono_quant_hf.files import check_room
 from mono_quant_hf.modules import QuantizedModule
 from mono_quant_hf.modules.base import stored_names
 
-from .blocks import Blocks, Inputs, Stage, block_pass, inputs_of
+from .blocks import Blocks, Inputs, Stage, block_pass, evaluating, inputs_of
 from .layouts import Layout, Moments, layout_of
 from .resume import Expected, ResumeFolder, fingerprint_of
 
@@ -234,13 +234,8 @@ class _Calibration:
         self.fed: list[dict[str, list[Tensor]]] = []
         self.folder = None if resume_folder is None else self._resumed(resume_folder)
 
-    @torch.no_grad()
     def go(self, progress: bool) -> list[str]:
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        with ExitStack() as stack:
-            for module in training:
-                stack.callback(setattr, module, "training", True)
+        with evaluating(self.model), ExitStack() as stack:
             for layer in self.layers.values():
                 stack.callback(layer.finish)
             self.blocks = Blocks(self.model, list(self.layers), self.batches[0])
@@ -253,8 +248,7 @@ class _Calibration:
         reached = {name for stage in stages for group in stage.groups for name in group}
         missed = [name for name in self.layers if name not in reached]
         for name in missed:
-            layer = self.layers[name]
-            balance(layer.module, layer.target)
+            balance(self.layers[name].module, self.layers[name].target)
         return missed
 
     def _stage(self, number: int, stage: Stage, last: bool, bar: Any) -> None:

@@ -16,10 +16,17 @@ from tqdm.auto import tqdm
 
 from mono_quant_hf.texts import texts, token_sequences
 
-from .blocks import Inputs
+from .blocks import Inputs, evaluating
 from .resume import TEXT, check_resume_folder, fingerprint_of, load_kept, save_kept
 
 SELF = "self"
+_POSITION_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+)
 
 
 @dataclass(frozen=True)
@@ -181,28 +188,22 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
     generator = torch.Generator().manual_seed(sampling.seed)
     cache_name = cache_argument(model)
     rows = []
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            tqdm(total=sampling.samples * length, desc="Writing", unit="token", disable=not progress) as bar,
-        ):
-            for begin in range(0, sampling.samples, _ROWS_AT_ONCE):
-                count = min(_ROWS_AT_ONCE, sampling.samples - begin)
-                tokens = torch.full((count, 1), first, dtype=torch.long)
-                written, cache = [tokens], None
+    with (
+        evaluating(model),
+        tqdm(total=sampling.samples * length, desc="Writing", unit="token", disable=not progress) as bar,
+    ):
+        for begin in range(0, sampling.samples, _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, sampling.samples - begin)
+            tokens = torch.full((count, 1), first, dtype=torch.long)
+            written, cache = [tokens], None
+            bar.update(count)
+            for _ in range(length - 1):
+                output = model(input_ids=tokens.to(device), use_cache=True, **{cache_name: cache})
+                cache = getattr(output, cache_name)
+                tokens = _draw(output.logits[:, -1].float().softmax(-1).cpu(), generator)
+                written.append(tokens)
                 bar.update(count)
-                for _ in range(length - 1):
-                    output = model(input_ids=tokens.to(device), use_cache=True, **{cache_name: cache})
-                    cache = getattr(output, cache_name)
-                    tokens = _draw(output.logits[:, -1].float().softmax(-1).cpu(), generator)
-                    written.append(tokens)
-                    bar.update(count)
-                rows.append(torch.cat(written, dim=1))
-    finally:
-        for module in training:
-            module.training = True
+            rows.append(torch.cat(written, dim=1))
     return torch.cat(rows)
 
 
@@ -263,13 +264,22 @@ def _evenly(items: list[Any], count: int) -> list[Any]:
     return [items[int(n)] for n in torch.linspace(0, len(items) - 1, count).round()]
 
 
-def _length(model: nn.Module, sampling: Sampling) -> int:
+def max_positions(model: nn.Module) -> int | None:
+    """The longest input the model has positions for, or None where its config sets no limit.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> max_positions(BertModel(BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1)))
+        512
+    """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return (
-        min(sampling.length, positions) if isinstance(positions, int) and positions > 0 else sampling.length
-    )
+    values = (getattr(config, name, None) for name in _POSITION_FIELDS)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _length(model: nn.Module, sampling: Sampling) -> int:
+    return min(sampling.length, max_positions(model) or sampling.length)
 
 
 def _rows(rows: Sequence[Tensor], sampling: Sampling, model: nn.Module) -> list[Inputs]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
+from mono_quant_hf.calibration.samples import max_positions
 from mono_quant_hf.config import WEIGHT_TYPES
 from mono_quant_hf.evaluation import QuantizationReport, quantization_report
-from mono_quant_hf.evaluation.windows import max_positions
 from mono_quant_hf.texts import token_sequences
 
 from .errors import CommandError

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import tee
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mono_quant_hf.evaluation.reference import Reference, batches, load_reference
+from mono_quant_hf.calibration.blocks import evaluating
+from mono_quant_hf.evaluation.reference import Reference, load_reference
 from mono_quant_hf.evaluation.results import Result, mean_and_standard_error, safe_exp
-from mono_quant_hf.evaluation.scoring import evaluating, negative_log_likelihood, row_chunks, score
-from mono_quant_hf.evaluation.windows import plan
+from mono_quant_hf.evaluation.scoring import negative_log_likelihood, row_chunks, score
+from mono_quant_hf.evaluation.windows import MaskedOptions, MaskedWindows, Passage, plan
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,8 @@ def divergence(
     tokenizer: Any = None,
     text_or_dataset: Any = None,
     *,
-    window: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 1,
-    column: str = "text",
-    separator: str | None = "\n\n",
-    max_tokens: int | None = None,
-    mask_probability: float = 0.15,
-    seed: int = 0,
     progress: bool = True,
+    **options: Unpack[MaskedOptions],
 ) -> DivergenceResult:
     """KL divergence, top-1 agreement and change of perplexity of `model` against `reference`, token by token.
 
@@ -155,50 +150,12 @@ def divergence(
         (0.0, 1.0, 17)
     """
     started = time.perf_counter()
-    if isinstance(reference, (str, os.PathLike, Reference)):
-        if tokenizer is not None or text_or_dataset is not None or window is not None or stride is not None:
-            raise TypeError(
-                "a recorded reference holds its own tokens and windows: call divergence(reference, model) "
-                "without a tokenizer, text, window or stride."
-            )
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, but it must be at least 1.")
-        recorded = reference if isinstance(reference, Reference) else load_reference(reference)
-        pairs = _against_recorded(recorded, model, batch_size)
-        windows, tokens, settings = recorded.windows, recorded.perplexity.tokens, recorded.settings
-        models = [model]
-    else:
-        if not isinstance(reference, nn.Module):
-            raise TypeError(
-                f"reference is a {type(reference).__name__}, not a model or a recorded reference."
-            )
-        if tokenizer is None or text_or_dataset is None:
-            raise TypeError(
-                "a tokenizer and a text are needed to compare two models: divergence(reference, model, "
-                "tokenizer, text)."
-            )
-        planned = plan(
-            reference,
-            tokenizer,
-            text_or_dataset,
-            window=window,
-            stride=stride,
-            batch_size=batch_size,
-            column=column,
-            separator=separator,
-            max_tokens=max_tokens,
-            mask_probability=mask_probability,
-            seed=seed,
-        )
-        pairs = _against_model(reference, model, planned.passages, batch_size)
-        windows, tokens, settings = len(planned.passages), planned.scored, planned.settings
-        models = [reference, model]
-
+    pairs, sizes = _pairs(reference, model, tokenizer, text_or_dataset, options)
     kl, same, nll, reference_nll = [], [], [], []
     with (
-        evaluating(models[0]),
-        evaluating(models[-1]),
-        tqdm(total=tokens, unit="token", desc="divergence", disable=not progress) as bar,
+        evaluating(reference if isinstance(reference, nn.Module) else model),
+        evaluating(model),
+        tqdm(total=sizes.pop("scored"), unit="token", desc="divergence", disable=not progress) as bar,
     ):
         for targets, expected, logits in pairs:
             window_kl, window_same = _kl_and_agreement(expected, logits)
@@ -207,58 +164,66 @@ def divergence(
             nll.append(negative_log_likelihood(logits, targets))
             reference_nll.append(negative_log_likelihood(expected, targets))
             bar.update(len(targets))
-    return _summarize(
-        torch.cat(kl),
-        torch.cat(same),
-        torch.cat(nll),
-        torch.cat(reference_nll),
-        windows=windows,
-        seconds=time.perf_counter() - started,
-        settings=settings | {"batch_size": batch_size},
+    figures = _figures(*(torch.cat(parts) for parts in (kl, same, nll, reference_nll)))
+    return DivergenceResult(**figures, **sizes, seconds=time.perf_counter() - started)
+
+
+def _pairs(
+    reference: nn.Module | Reference | str | os.PathLike[str],
+    model: nn.Module,
+    tokenizer: Any,
+    source: Any,
+    options: MaskedOptions,
+) -> tuple[Iterator[tuple[Tensor, Tensor, Tensor]], dict[str, Any]]:
+    """Targets with the logits of both, window by window; and the number of scored tokens and windows, the settings."""
+    windows = MaskedWindows(**options)
+    passages: Iterable[Passage]
+    if isinstance(reference, (str, os.PathLike, Reference)):
+        given = [tokenizer, source, *(v for name, v in options.items() if name != "batch_size")]
+        if any(value is not None for value in given):
+            raise TypeError(
+                "a recorded reference holds its own tokens and windows: call divergence(reference, model) "
+                "without a tokenizer, text, window or stride."
+            )
+        recorded = reference if isinstance(reference, Reference) else load_reference(reference)
+        answers, again = tee(recorded.logits())  # read once, and kept while its batch is fed to the model
+        passages = (passage for passage, _ in again)
+        scored, count, settings = recorded.perplexity.tokens, recorded.windows, recorded.settings
+    else:
+        if not isinstance(reference, nn.Module):
+            raise TypeError(
+                f"reference is a {type(reference).__name__}, not a model or a recorded reference."
+            )
+        if tokenizer is None or source is None:
+            raise TypeError(
+                "a tokenizer and a text are needed to compare two models: divergence(reference, model, "
+                "tokenizer, text)."
+            )
+        planned = plan(reference, tokenizer, source, windows)
+        answers, passages = score(reference, planned.passages, windows.batch_size), planned.passages
+        scored, count, settings = planned.scored, len(planned.passages), planned.settings
+    pairs = (
+        (passage.targets, expected, logits)
+        for (passage, expected), (_, logits) in zip(
+            answers, score(model, passages, windows.batch_size), strict=True
+        )
     )
+    settings = settings | {"batch_size": windows.batch_size}
+    return pairs, {"scored": scored, "windows": count, "settings": settings}
 
 
-def _against_recorded(
-    recorded: Reference, model: nn.Module, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for batch in batches(recorded.logits(), batch_size):
-        scored = score(model, [passage for passage, _ in batch], batch_size)
-        for (passage, expected), (_, logits) in zip(batch, scored, strict=True):
-            yield passage.targets, expected, logits
-
-
-def _against_model(
-    reference: nn.Module, model: nn.Module, passages: list[Any], batch_size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    both = zip(score(reference, passages, batch_size), score(model, passages, batch_size), strict=True)
-    for (passage, expected), (_, logits) in both:
-        yield passage.targets, expected, logits
-
-
-def _summarize(
-    kl: Tensor,
-    same: Tensor,
-    nll: Tensor,
-    reference_nll: Tensor,
-    *,
-    windows: int,
-    seconds: float,
-    settings: dict[str, Any],
-) -> DivergenceResult:
+def _figures(kl: Tensor, same: Tensor, nll: Tensor, reference_nll: Tensor) -> dict[str, Any]:
     kl_mean, kl_error = mean_and_standard_error(kl)
     difference, difference_error = mean_and_standard_error(nll - reference_nll)
-    return DivergenceResult(
-        kl_mean=kl_mean,
-        kl_standard_error=kl_error,
-        kl_p99=float(np.quantile(kl.numpy(), 0.99)),
-        kl_max=float(kl.max()),
-        top1_agreement=float(same.double().mean()),
-        perplexity=safe_exp(float(nll.mean())),
-        reference_perplexity=safe_exp(float(reference_nll.mean())),
-        nll_difference=difference,
-        nll_difference_standard_error=difference_error,
-        tokens=len(kl),
-        windows=windows,
-        seconds=seconds,
-        settings=settings,
-    )
+    return {
+        "kl_mean": kl_mean,
+        "kl_standard_error": kl_error,
+        "kl_p99": float(np.quantile(kl.numpy(), 0.99)),
+        "kl_max": float(kl.max()),
+        "top1_agreement": float(same.double().mean()),
+        "perplexity": safe_exp(float(nll.mean())),
+        "reference_perplexity": safe_exp(float(reference_nll.mean())),
+        "nll_difference": difference,
+        "nll_difference_standard_error": difference_error,
+        "tokens": len(kl),
+    }

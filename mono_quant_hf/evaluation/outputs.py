@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mono_quant_hf.calibration.blocks import evaluating
 from mono_quant_hf.evaluation.divergence import kl_divergence
 from mono_quant_hf.evaluation.results import Result
-from mono_quant_hf.evaluation.scoring import evaluating, input_device, logits_of
+from mono_quant_hf.evaluation.scoring import input_device, logits_of
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
-from mono_quant_hf.evaluation.processes import gather, share
+from mono_quant_hf.calibration.blocks import evaluating
 from mono_quant_hf.evaluation.results import Result, mean_and_standard_error, safe_exp
-from mono_quant_hf.evaluation.scoring import evaluating, negative_log_likelihood, score
-from mono_quant_hf.evaluation.windows import Plan, plan, task_of
+from mono_quant_hf.evaluation.scoring import negative_log_likelihood, score
+from mono_quant_hf.evaluation.windows import Passage, Plan, WindowOptions, Windows, plan, task_of
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,9 @@ def perplexity(
     tokenizer: Any,
     text_or_dataset: Any,
     *,
-    window: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 1,
-    column: str = "text",
-    separator: str | None = "\n\n",
-    max_tokens: int | None = None,
     progress: bool = True,
     split_between_processes: bool = False,
+    **options: Unpack[WindowOptions],
 ) -> PerplexityResult:
     """Perplexity of a causal language model on a text, with a sliding window.
 
@@ -121,38 +120,40 @@ def perplexity(
             f"perplexity is not defined for {type(model).__name__}, a masked language model: use "
             "divergence() to compare it with its float form."
         )
-    planned = plan(
-        model,
-        tokenizer,
-        text_or_dataset,
-        window=window,
-        stride=stride,
-        batch_size=batch_size,
-        column=column,
-        separator=separator,
-        max_tokens=max_tokens,
-    )
+    if split_between_processes and not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "split_between_processes needs torch.distributed: start the program with torchrun and make an "
+            "accelerate.PartialState() first."
+        )
+    windows = Windows(**options)
+    planned = plan(model, tokenizer, text_or_dataset, windows)
     started = time.perf_counter()
-    passages = share(planned.passages) if split_between_processes else planned.passages
+    if split_between_processes:
+        with PartialState().split_between_processes(planned.passages) as passages:
+            parts = gather_object(_losses(model, passages, windows.batch_size, progress))
+        # where there are fewer passages than processes, those left over are given the last one again
+        parts = parts[: len(planned.passages)]
+    else:
+        parts = _losses(model, planned.passages, windows.batch_size, progress)
+    return summarize(torch.cat(parts), planned, time.perf_counter() - started)
+
+
+def _losses(
+    model: nn.Module, passages: Sequence[Passage], batch_size: int, progress: bool
+) -> list[torch.Tensor]:
+    """The negative log-likelihood (float64 [tokens]) of every scored token of each passage."""
     parts: list[torch.Tensor] = []
-    total = 0.0
+    total, count = 0.0, sum(len(passage.targets) for passage in passages)
     with (
         evaluating(model),
-        tqdm(
-            total=sum(len(passage.targets) for passage in passages),
-            unit="token",
-            desc="perplexity",
-            disable=not progress,
-        ) as bar,
+        tqdm(total=count, unit="token", desc="perplexity", disable=not progress) as bar,
     ):
         for passage, logits in score(model, passages, batch_size):
             parts.append(negative_log_likelihood(logits, passage.targets))
             total += float(parts[-1].sum())
             bar.update(len(passage.targets))
             bar.set_postfix(perplexity=f"{safe_exp(total / bar.n):.3f}" if bar.n else "", refresh=False)
-    if split_between_processes:
-        parts = gather(parts)
-    return summarize(torch.cat(parts), planned, time.perf_counter() - started)
+    return parts
 
 
 def summarize(nll: torch.Tensor, planned: Plan, seconds: float) -> PerplexityResult:

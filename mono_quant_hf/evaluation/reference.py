@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mono_quant_hf.calibration.blocks import evaluating
 from mono_quant_hf.calibration.resume import fingerprint_of
 from mono_quant_hf.evaluation.perplexity import PerplexityResult, summarize
 from mono_quant_hf.evaluation.results import jsonable
-from mono_quant_hf.evaluation.scoring import evaluating, negative_log_likelihood, score
-from mono_quant_hf.evaluation.windows import Passage, plan
+from mono_quant_hf.evaluation.scoring import negative_log_likelihood, score
+from mono_quant_hf.evaluation.windows import MaskedOptions, MaskedWindows, Passage, Plan, plan
 from mono_quant_hf.files import check_room, file_written_aside
 
 _MANIFEST = "reference.json"
@@ -77,16 +78,9 @@ def record_reference(
     text_or_dataset: Any,
     folder: str | os.PathLike[str],
     *,
-    window: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 1,
-    column: str = "text",
-    separator: str | None = "\n\n",
-    max_tokens: int | None = None,
-    mask_probability: float = 0.15,
-    seed: int = 0,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    **options: Unpack[MaskedOptions],
 ) -> Reference:
     """Run `model` over a text and keep its logits in `folder`, for `divergence` to compare others with.
 
@@ -128,40 +122,45 @@ def record_reference(
         raise ValueError(
             f"dtype is {dtype}, but logits are stored as torch.float32, torch.float16 or torch.bfloat16."
         )
-    planned = plan(
-        model,
-        tokenizer,
-        text_or_dataset,
-        window=window,
-        stride=stride,
-        batch_size=batch_size,
-        column=column,
-        separator=separator,
-        max_tokens=max_tokens,
-        mask_probability=mask_probability,
-        seed=seed,
-    )
-    folder = Path(folder)
-    windows = [(passage.input_ids, passage.positions, passage.targets) for passage in planned.passages]
-    fingerprint = fingerprint_of(model, planned.task, str(dtype), windows)
+    folder, windows = Path(folder), MaskedWindows(**options)
+    planned = plan(model, tokenizer, text_or_dataset, windows)
+    fed = [(passage.input_ids, passage.positions, passage.targets) for passage in planned.passages]
+    fingerprint = fingerprint_of(model, planned.settings["task"], str(dtype), fed)
     _open(folder, fingerprint)
-    missing = [n for n in range(len(planned.passages)) if not (folder / _file_name(n)).exists()]
     started = time.perf_counter()
-    left = sum(len(planned.passages[n].targets) for n in missing)
+    _record(model, planned, folder, dtype, progress)
+    seconds = time.perf_counter() - started
+    parts = []
+    for number in range(len(planned.passages)):
+        # not load_file, which would read the logits too
+        with safe_open(folder / _file_name(number), framework="pt") as file:
+            parts.append(file.get_tensor("nll"))
+            vocabulary = file.get_slice("logits").get_shape()[-1]
+    summary = summarize(torch.cat(parts), planned, seconds)
+    _write_manifest(
+        folder,
+        fingerprint,
+        complete=True,
+        windows=len(parts),
+        vocabulary=vocabulary,
+        perplexity=summary.to_dict(),
+    )
+    return Reference(folder=folder, perplexity=summary, windows=len(parts), vocabulary=vocabulary)
+
+
+def _record(model: nn.Module, planned: Plan, folder: Path, dtype: torch.dtype | None, progress: bool) -> None:
+    """Write the windows that the folder does not hold yet."""
+    missing = {n: p for n, p in enumerate(planned.passages) if not (folder / _file_name(n)).exists()}
+    left = sum(len(passage.targets) for passage in missing.values())
+    done = planned.scored - left
     with (
         evaluating(model),
-        tqdm(
-            total=planned.scored,
-            initial=planned.scored - left,
-            unit="token",
-            desc="reference",
-            disable=not progress,
-        ) as bar,
+        tqdm(total=left + done, initial=done, unit="token", desc="reference", disable=not progress) as bar,
     ):
-        scored = score(model, [planned.passages[n] for n in missing], batch_size)
-        for index, (number, (passage, logits)) in enumerate(zip(missing, scored, strict=True)):
+        scored = score(model, missing.values(), planned.settings["batch_size"])
+        for number, (passage, logits) in zip(missing, scored, strict=True):
             stored = _stored(logits, dtype)
-            if index == 0:
+            if number == next(iter(missing)):
                 needed = left * stored.shape[-1] * stored.element_size()
                 check_room(folder, needed, "the reference", "give a smaller max_tokens or another folder")
             tensors = {
@@ -174,27 +173,6 @@ def record_reference(
             with file_written_aside(folder / _file_name(number)) as new:
                 save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, new)
             bar.update(len(passage.targets))
-    seconds = time.perf_counter() - started
-    parts = []
-    for number in range(len(planned.passages)):
-        # not load_file, which would read the logits too
-        with safe_open(folder / _file_name(number), framework="pt") as file:
-            parts.append(file.get_tensor("nll"))
-            vocabulary = file.get_slice("logits").get_shape()[-1]
-    summary = summarize(torch.cat(parts), planned, seconds)
-    reference = Reference(folder=folder, perplexity=summary, windows=len(parts), vocabulary=vocabulary)
-    _write_manifest(
-        folder,
-        {
-            "format": _FORMAT,
-            "fingerprint": fingerprint,
-            "complete": True,
-            "windows": reference.windows,
-            "vocabulary": reference.vocabulary,
-            "perplexity": summary.to_dict(),
-        },
-    )
-    return reference
 
 
 def load_reference(folder: str | os.PathLike[str]) -> Reference:
@@ -266,9 +244,10 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, fingerprint: str, **about: Any) -> None:
+    manifest = jsonable({"format": _FORMAT, "fingerprint": fingerprint, **about})
     with file_written_aside(folder / _MANIFEST) as new:
-        new.write_text(json.dumps(jsonable(manifest), indent=2) + "\n", encoding="utf-8")
+        new.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _open(folder: Path, fingerprint: str) -> None:
@@ -284,16 +263,4 @@ def _open(folder: Path, fingerprint: str) -> None:
             raise ValueError(
                 f"{folder} holds windows of an unknown reference: choose another folder, or delete it."
             )
-        _write_manifest(folder, {"format": _FORMAT, "fingerprint": fingerprint, "complete": False})
-
-
-def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items; the last may be shorter."""
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        _write_manifest(folder, fingerprint, complete=False)

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mono_quant_hf.evaluation.windows import Passage, input_embedding
 
 # Logits widened to float32 or float64 at a time: 32 MB in float64, whatever batch, window and vocabulary are.
 _CHUNK_ELEMENTS = 2**22
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode it was in before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # no_grad and not inference_mode: a tensor that the model caches must stay usable for training
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -70,21 +56,20 @@ def score(model: nn.Module, passages: Iterable[Passage], batch_size: int) -> Ite
     device, pad = input_device(model), _padding_id(model)
     remaining = iter(passages)
     while batch := list(islice(remaining, batch_size)):
-        length = max(len(passage.input_ids) for passage in batch)
-        input_ids = torch.full((len(batch), length), pad, dtype=torch.long)
-        attention_mask = torch.zeros((len(batch), length), dtype=torch.long)
-        for row, passage in enumerate(batch):
-            input_ids[row, : len(passage.input_ids)] = passage.input_ids
-            attention_mask[row, : len(passage.input_ids)] = 1
-        arguments: dict[str, Any] = {"input_ids": input_ids.to(device)}
-        if "attention_mask" in parameters:
-            arguments["attention_mask"] = attention_mask.to(device)
-        if "use_cache" in parameters:
-            arguments["use_cache"] = False
+        rows = [passage.input_ids for passage in batch]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        length = input_ids.shape[1]
         skipped = min(int(passage.positions[0]) for passage in batch)
-        if "logits_to_keep" in parameters and skipped:
+        arguments: dict[str, Any] = {
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(
+                device
+            ),
+            "use_cache": False,
+        }
+        if skipped:
             arguments["logits_to_keep"] = length - skipped
-        logits = logits_of(model(**arguments))
+        known = {name: value for name, value in arguments.items() if name in parameters}
+        logits = logits_of(model(input_ids=input_ids.to(device), **known))
         if (
             logits.dim() != 3
             or logits.shape[0] != len(batch)

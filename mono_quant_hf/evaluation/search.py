@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mono_quant_hf.calibration.blocks import evaluating
 from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.core.quantizers import FLOAT16_MAX
 from mono_quant_hf.evaluation.divergence import kl_divergence
 from mono_quant_hf.evaluation.results import Result
-from mono_quant_hf.evaluation.scoring import evaluating
 from mono_quant_hf.evaluation.sensitivity import answer_of, run_on, swapped
 from mono_quant_hf.integration.selection import decide
 from mono_quant_hf.modules import quantized_class_for

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mono_quant_hf.calibration.blocks import evaluating
 from mono_quant_hf.core import sqnr
 from mono_quant_hf.evaluation.divergence import kl_divergence
-from mono_quant_hf.evaluation.scoring import evaluating, input_device
+from mono_quant_hf.evaluation.scoring import input_device
 from mono_quant_hf.modules import QuantizedModule
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from mono_quant_hf.calibration.samples import max_positions
 from mono_quant_hf.texts import special_frame, token_sequences
 
 
@@ -88,24 +89,53 @@ def sliding_windows(length: int, window: int, stride: int) -> Iterator[Window]:
             return
 
 
-def chunks(length: int, window: int) -> Iterator[range]:
-    """`range(length)` cut into pieces of `window`; the last may be shorter."""
-    for begin in range(0, length, window):
-        yield range(begin, min(begin + window, length))
-
-
 Task = Literal["causal", "masked"]
 
 # Attention memory grows with the window and the gain in context flattens, so a window of the model's full
 # length (128k tokens and more today) would be a poor default.
 DEFAULT_WINDOW = 1024
-_POSITION_FIELDS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-)
+
+
+class WindowOptions(TypedDict, total=False):
+    """The keyword arguments of `perplexity` that say how the text is cut and fed."""
+
+    window: int | None
+    stride: int | None
+    batch_size: int
+    column: str
+    separator: str | None
+    max_tokens: int | None
+
+
+class MaskedOptions(WindowOptions, total=False):
+    """Those of `divergence` and `record_reference`, which read masked models too."""
+
+    mask_probability: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a text is cut and fed, see `perplexity`."""
+
+    window: int | None = None
+    stride: int | None = None
+    batch_size: int = 1
+    column: str = "text"
+    separator: str | None = "\n\n"
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, but it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class MaskedWindows(Windows):
+    """The same for models that may be masked ones, see `record_reference`."""
+
+    mask_probability: float = 0.15
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +155,6 @@ class Passage:
 class Plan:
     """All passages of a text, and the settings they were made with."""
 
-    task: Task
     passages: list[Passage]
     tokens: int
     settings: dict[str, Any]
@@ -155,49 +184,20 @@ def task_of(model: nn.Module) -> Task:
     return "masked" if masked else "causal"
 
 
-def max_positions(model: nn.Module) -> int | None:
-    """The longest input the model has positions for, or None where its config sets no limit."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    for field in _POSITION_FIELDS:
-        value = getattr(config, field, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def plan(
-    model: nn.Module,
-    tokenizer: Any,
-    source: Any,
-    *,
-    window: int | None,
-    stride: int | None,
-    batch_size: int,
-    column: str,
-    separator: str | None,
-    max_tokens: int | None,
-    mask_probability: float = 0.15,
-    seed: int = 0,
-) -> Plan:
+def plan(model: nn.Module, tokenizer: Any, source: Any, windows: Windows) -> Plan:
     """Tokenize `source` and cut it for `model`; every argument is checked here, before anything runs."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but it must be at least 1.")
     task = task_of(model)
-    if task == "masked" and stride is not None:
+    if task == "masked" and windows.stride is not None:
         raise ValueError("stride is for causal language models: the windows of a masked one do not overlap.")
-    window = _choose_window(model, tokenizer, window)
-    stride = max(1, window // 2) if stride is None else stride
+    window = _choose_window(model, tokenizer, windows.window)
+    stride = max(1, window // 2) if windows.stride is None else windows.stride
     check_window(window, stride)
     sequences = token_sequences(
         tokenizer,
         source,
-        column=column,
-        separator=separator,
-        max_tokens=max_tokens,
+        column=windows.column,
+        separator=windows.separator,
+        max_tokens=windows.max_tokens,
         add_special_tokens=task == "causal",
     )
     _check_vocabulary(model, sequences)
@@ -206,26 +206,26 @@ def plan(
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "dtype": str(getattr(model, "dtype", "unknown")).removeprefix("torch."),
         "window": window,
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
-        "separator": separator,
+        "batch_size": windows.batch_size,
+        "max_tokens": windows.max_tokens,
+        "separator": windows.separator,
     }
-    if task == "causal":
-        settings["stride"] = stride
-        passages = list(causal_passages(sequences, window, stride))
+    if isinstance(windows, MaskedWindows) and task == "masked":
+        settings |= {"mask_probability": windows.mask_probability, "seed": windows.seed}
+        passages = list(_masked_passages(sequences, window, tokenizer, windows))
     else:
-        settings |= {"mask_probability": mask_probability, "seed": seed}
-        passages = list(masked_passages(sequences, window, tokenizer, mask_probability, seed))
+        settings["stride"] = stride
+        passages = list(_causal_passages(sequences, window, stride))
     tokens = sum(len(sequence) for sequence in sequences)
     if not passages:
         raise ValueError(
             f"the text makes {tokens} token(s) in {len(sequences)} sequence(s), and at least 2 in a row are "
             "needed: the first token is never scored."
         )
-    return Plan(task=task, passages=passages, tokens=tokens, settings=settings)
+    return Plan(passages=passages, tokens=tokens, settings=settings)
 
 
-def causal_passages(sequences: Iterable[Tensor], window: int, stride: int) -> Iterable[Passage]:
+def _causal_passages(sequences: Iterable[Tensor], window: int, stride: int) -> Iterator[Passage]:
     """The sliding windows of each sequence; a sequence of one token has nothing to score and is left out."""
     for tokens in sequences:
         if len(tokens) < 2:
@@ -238,17 +238,18 @@ def causal_passages(sequences: Iterable[Tensor], window: int, stride: int) -> It
             )
 
 
-def masked_passages(
-    sequences: Iterable[Tensor], window: int, tokenizer: Any, mask_probability: float, seed: int
-) -> Iterable[Passage]:
+def _masked_passages(
+    sequences: Iterable[Tensor], window: int, tokenizer: Any, masking: MaskedWindows
+) -> Iterator[Passage]:
     """Pieces of each sequence between the tokenizer's special tokens, a share of the tokens masked.
 
     The places are drawn without replacement from a generator seeded with `seed`, `mask_probability` of each
     piece and at least one; all of them become the mask token (Devlin et al. 2019, section 3.1, with the
     80/10/10 replacement of training left out).
     """
-    if not 0 < mask_probability <= 1:
-        raise ValueError(f"mask_probability is {mask_probability}, but it must be above 0 and at most 1.")
+    share = masking.mask_probability
+    if not 0 < share <= 1:
+        raise ValueError(f"mask_probability is {share}, but it must be above 0 and at most 1.")
     mask = getattr(tokenizer, "mask_token_id", None)
     if mask is None:
         raise ValueError("the tokenizer has no mask token, which a masked language model is scored with.")
@@ -258,15 +259,13 @@ def masked_passages(
         raise ValueError(
             f"window is {window}, which leaves no room beside the special tokens: give a larger one."
         )
-    generator = torch.Generator().manual_seed(seed)
-    for tokens in sequences:
-        for piece in chunks(len(tokens), room):
-            original = tokens[piece.start : piece.stop]
-            count = max(1, round(mask_probability * len(original)))
-            places = torch.randperm(len(original), generator=generator)[:count].sort().values
-            masked = original.clone()
-            masked[places] = mask
-            yield Passage(torch.cat([before, masked, after]), places + len(before), original[places])
+    generator = torch.Generator().manual_seed(masking.seed)
+    for original in (piece for tokens in sequences if len(tokens) for piece in tokens.split(room)):
+        count = max(1, round(share * len(original)))
+        places = torch.randperm(len(original), generator=generator)[:count].sort().values
+        masked = original.clone()
+        masked[places] = mask
+        yield Passage(torch.cat([before, masked, after]), places + len(before), original[places])
 
 
 def _choose_window(model: nn.Module, tokenizer: Any, window: int | None) -> int:

@@ -16,7 +16,7 @@ from mono_quant_hf.evaluation import (
     perplexity,
     record_reference,
 )
-from mono_quant_hf.evaluation.windows import plan
+from mono_quant_hf.evaluation.windows import MaskedWindows, plan
 
 from .conftest import make_llama
 
@@ -198,10 +198,8 @@ def test_masked_models_are_compared_at_the_masked_places(bert, tokenizer, text):
     nudged(other, 0.1)
     settings = {"window": 16, "progress": False, "mask_probability": 0.25, "seed": 3}
     result = divergence(bert, other, tokenizer, text, batch_size=2, **settings)
-    planned = plan(
-        bert, tokenizer, text, stride=None, batch_size=1, column="text", separator=None, max_tokens=None,
-        **{name: value for name, value in settings.items() if name != "progress"},
-    )  # fmt: skip
+    windows = MaskedWindows(window=16, separator=None, mask_probability=0.25, seed=3)
+    planned = plan(bert, tokenizer, text, windows)
     kl, words = [], []
     for passage in planned.passages:
         ids = passage.input_ids.tolist()
