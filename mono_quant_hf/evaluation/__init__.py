@@ -14,6 +14,7 @@ Every result is a frozen dataclass with a `to_dict()` that `json` can write.  Lo
 """
 
 from mono_quant_hf.evaluation.divergence import DivergenceResult, divergence, kl_divergence
+from mono_quant_hf.evaluation.module_report import ModuleReport
 from mono_quant_hf.evaluation.outputs import (
     ClassifierComparison,
     EncoderComparison,
@@ -24,7 +25,7 @@ from mono_quant_hf.evaluation.outputs import (
 )
 from mono_quant_hf.evaluation.perplexity import PerplexityResult, perplexity
 from mono_quant_hf.evaluation.reference import Reference, load_reference, record_reference
-from mono_quant_hf.evaluation.report import ModuleReport, QuantizationReport, quantization_report
+from mono_quant_hf.evaluation.report import QuantizationReport, quantization_report
 from mono_quant_hf.evaluation.search import SearchResult, search_overrides
 from mono_quant_hf.evaluation.windows import Window, sliding_windows
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from mono_quant_hf.calibration.blocks import evaluating
 from mono_quant_hf.evaluation.divergence import kl_divergence
 from mono_quant_hf.evaluation.results import Result
-from mono_quant_hf.evaluation.scoring import input_device, logits_of
+from mono_quant_hf.evaluation.scoring import logits_of, run_on
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,11 @@ def classifier_logits(
         torch.Size([4, 3])
     """
     batches = [batches] if isinstance(batches, Mapping) else batches
-    device = input_device(model)
     parts = []
     with evaluating(model):
         for batch in tqdm(batches, unit="batch", desc="classifier", disable=not progress):
             inputs = {name: value for name, value in batch.items() if name not in ("label", "labels")}
-            logits = logits_of(model(**_to(inputs, device)))
-            parts.append(logits.float().cpu())
+            parts.append(logits_of(run_on(model, inputs)).float().cpu())
     if not parts:
         raise ValueError("there is nothing to classify: batches is empty.")
     return torch.cat(parts)
@@ -134,7 +132,6 @@ def text_embeddings(
     if not texts:
         raise ValueError("there is nothing to embed: texts is empty.")
     known = inspect.signature(model.forward).parameters
-    device = input_device(model)
     parts = []
     with evaluating(model):
         for begin in tqdm(
@@ -148,7 +145,7 @@ def text_embeddings(
                 return_tensors="pt",
             )
             inputs = {name: value for name, value in encoded.items() if name in known}
-            hidden = model(**_to(inputs, device)).last_hidden_state.float().cpu()
+            hidden = run_on(model, inputs).last_hidden_state.float().cpu()
             if pooling == "first":
                 parts.append(hidden[:, 0])
             else:
@@ -243,10 +240,6 @@ def _given(inputs: Any) -> Any:
     if inputs is None:
         raise TypeError("a model is given, but no inputs to run it on.")
     return inputs
-
-
-def _to(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def _ratio(error: Tensor, size: Tensor) -> float:

@@ -3,86 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mono_quant_hf.evaluation.results import Result, jsonable
-from mono_quant_hf.evaluation.sensitivity import contributions, decibels_of, output_sqnr
+from mono_quant_hf.evaluation.module_report import ESTIMATED, MEASURED, ModuleReport, module_reports
+from mono_quant_hf.evaluation.plots import draw_modules, save_png, svg_of
+from mono_quant_hf.evaluation.results import Result, aligned, jsonable
+from mono_quant_hf.evaluation.sensitivity import OutputChange, batches_of, output_sqnr
 from mono_quant_hf.files import file_written_aside
-from mono_quant_hf.integration import Decision
-from mono_quant_hf.integration.checkpoint import opener, read_headers
 from mono_quant_hf.modules import QuantizedModule
-
-MEASURED = "float weights"
-ESTIMATED = "estimated from the grid"
+from mono_quant_hf.texts import one_line
 
 
-@dataclass(frozen=True)
-class ModuleReport:
-    """One module of a quantized model.
+class _Column(NamedTuple):
+    """A column of the tables; `look` are its classes in the page: "left" aligned, "wide" screens alone."""
 
-    Attributes:
-        module: qualified name; empty for a model that is a single layer.
-        kind: class of the float module.
-        weights: "int8", "float16" or "float" (left alone).
-        symmetric: whether int8 codes go without zero-points; None where not int8.
-        reason: why it was left in float, or which setting chose it.
-        parameters: elements of its own parameters.
-        activations: "int8" where the input is rounded too, else None; no other figure of the weight depends on it.
-        bytes_before, bytes_after: its parameters in the float dtype, and as they are now, scales included.
-        sqnr: of the weight in dB; None for a module left in float, inf where nothing was lost.
-        sqnr_source: "float weights" where it was measured against them, "estimated from the grid" where the
-            error of each weight is taken as uniform within a step: scale² / 12 for codes, (unit in the last
-            place)² / 12 for float16. The estimate does not see weights past the ends, nor calibrated rounding.
-        worst_channel, worst_channel_sqnr: index and dB of the output channel with the lowest SQNR.
-        share_at_ends: share of codes, 0 to 1, that are the lowest or the highest one; None where not int8.
-        output_sqnr: of the output in dB, on what the float model feeds it; None without inputs.
-        contribution: what quantizing this module alone costs at the model's output, see
-            `QuantizationReport.contribution_of`; None without inputs.
-    """
+    title: str
+    text: Callable[[ModuleReport], str]
+    look: str = ""
+    in_text: bool = True
 
-    module: str
-    kind: str
-    weights: str
-    symmetric: bool | None
-    reason: str
-    parameters: int
-    bytes_before: int
-    bytes_after: int
-    activations: str | None = None
-    sqnr: float | None = None
-    sqnr_source: str | None = None
-    worst_channel: int | None = None
-    worst_channel_sqnr: float | None = None
-    share_at_ends: float | None = None
-    output_sqnr: float | None = None
-    contribution: float | None = None
 
-    @property
-    def quantized(self) -> bool:
-        return self.weights != "float"
-
-    @property
-    def depth(self) -> int | None:
-        """The first number in its name, which is the layer it is in."""
-        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.module)
-        return int(number.group(1)) if number else None
-
-    @property
-    def role(self) -> str:
-        """Its name without the way to the layer: `self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
-        return re.split(r"(?:^|\.)\d+\.", self.module)[-1] or self.kind
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 @dataclass(frozen=True)
@@ -145,47 +97,42 @@ class QuantizationReport(Result):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from mono_quant_hf.evaluation.plots import draw_png
-
-        draw_png(self, Path(path))
+        title = f"{self.model}: what quantizing cost"
+        save_png(path, draw_modules, self.modules, self.contribution_of, title)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one page with pictures and table that needs no other file and no network."""
-        from mono_quant_hf.evaluation.plots import page
+        """Write one page with table and pictures that needs no other file and no network.
 
+        The pictures are those of `to_png`; without matplotlib the page says that it would draw them.
+        """
         with file_written_aside(path) as new:
-            new.write_text(page(self), encoding="utf-8")
+            new.write_text(_page(self), encoding="utf-8")
 
     def table(self, limit: int | None = None) -> str:
         """The modules as aligned text, the worst `limit` of them."""
-        rows = [
-            [
-                module.module or module.kind,
-                module.weights,
-                decibels(module.sqnr) + ("~" if module.sqnr_source == ESTIMATED else ""),
-                decibels(module.worst_channel_sqnr),
-                percent(module.share_at_ends),
-                decibels(module.output_sqnr),
-                "" if module.contribution is None else f"{module.contribution:.3g}",
-                f"{module.bytes_before / 1e6:,.2f}",
-                f"{module.bytes_after / 1e6:,.2f}",
-                module.reason,
-            ]
-            for module in self.modules[:limit]
-        ]
+        modules = self.modules[:limit]
+        columns = [column for column in self._columns(modules) if column.in_text]
+        rows = [[column.text(module) for column in columns] for module in modules]
+        left = {n for n, column in enumerate(columns) if "left" in column.look}
+        return aligned([column.title for column in columns], rows, left)
+
+    def _columns(self, modules: Iterable[ModuleReport]) -> list[_Column]:
+        """Those that say something about one of these modules."""
         effect = "KL alone" if (self.contribution_of or "").startswith("mean KL") else "error alone"
-        titles = ["module", "weights", "SQNR dB", "worst ch.", "at ends", "output dB", effect]
-        titles += ["MB before", "MB after", "reason"]
-        kept = [n for n in range(len(titles)) if any(row[n] for row in rows)]
-        widths = {n: max(len(row[n]) for row in [titles, *rows]) for n in kept}
-        left = {0, 1, len(titles) - 1}
-        lines = (
-            "  ".join(
-                row[n].ljust(widths[n]) if n in left else row[n].rjust(widths[n]) for n in kept
-            ).rstrip()
-            for row in [titles, *rows]
-        )
-        return "\n".join(lines)
+        columns = [
+            _Column("module", lambda m: m.module or m.kind, "left"),
+            _Column("weights", lambda m: m.weights, "left"),
+            _Column("SQNR dB", lambda m: _shown(m.sqnr, ".1f") + "~" * (m.sqnr_source == ESTIMATED)),
+            _Column("worst ch.", lambda m: _shown(m.worst_channel_sqnr, ".1f")),
+            _Column("channel", lambda m: _shown(m.worst_channel, "d"), "wide", in_text=False),
+            _Column("at ends", lambda m: _shown(m.share_at_ends, ".3%"), "wide"),
+            _Column("output dB", lambda m: _shown(m.output_sqnr, ".1f")),
+            _Column(effect, lambda m: _shown(m.contribution, ".3g")),
+            _Column("MB before", lambda m: f"{m.bytes_before / 1e6:,.2f}", "wide"),
+            _Column("MB after", lambda m: f"{m.bytes_after / 1e6:,.2f}", "wide"),
+            _Column("reason", lambda m: m.reason, "wide left"),
+        ]
+        return [column for column in columns if any(map(column.text, modules))]
 
     def summary(self) -> str:
         """What the table is of, in a few lines."""
@@ -206,14 +153,6 @@ class QuantizationReport(Result):
 
     def __str__(self) -> str:
         return f"{self.summary()}\n\n{self.table()}"
-
-
-def decibels(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.3%}"
 
 
 def quantization_report(
@@ -256,31 +195,27 @@ def quantization_report(
         raise ValueError("inputs show what the float model does: give that model as the reference, too.")
     if isinstance(reference, nn.Module) and any(isinstance(m, QuantizedModule) for m in reference.modules()):
         raise TypeError("the reference is quantized itself: give the float model.")
-    decisions = _decisions(model)
-    with _weights_of(reference) as float_weight, torch.no_grad():
-        reports = {}
-        for decision in tqdm(decisions, desc="weights", unit="module", disable=not progress):
-            reports[decision.module] = _describe(model, decision, float_weight)
-    contribution_of, total = None, None
+    reports = module_reports(model, reference, progress)
+    contribution_of, total, batches = None, None, None
     if inputs is not None:
         assert isinstance(reference, nn.Module)
-        batches = [inputs] if isinstance(inputs, (Mapping, Tensor)) else list(inputs)
-        if not batches:
-            raise ValueError("inputs is empty: give at least one batch.")
+        batches = batches_of(inputs)
         outputs = output_sqnr(reference, found, batches)
-        contribution_of, total, alone = contributions(reference, found, batches, progress)
-        for name in found:
+        change = OutputChange(reference, batches)
+        contribution_of, total = change.of, change(found)
+        for name, module in tqdm(found.items(), desc="contributions", unit="module", disable=not progress):
             reports[name] = dataclasses.replace(
-                reports[name], output_sqnr=outputs.get(name), contribution=alone[name]
+                reports[name], output_sqnr=outputs.get(name), contribution=change({name: module})
             )
+    bytes_after = sum(p.nbytes for p in model.parameters())
     return QuantizationReport(
         model=_name_of(model),
         modules=tuple(sorted(reports.values(), key=_worst_first)),
         contribution_of=contribution_of,
         total=total,
-        bytes_before=_bytes_in_float(model, found),
-        bytes_after=sum(p.nbytes for p in model.parameters()),
-        settings={"batches": None if inputs is None else len(batches)},
+        bytes_before=bytes_after + sum(reports[n].bytes_before - reports[n].bytes_after for n in found),
+        bytes_after=bytes_after,
+        settings={"batches": None if batches is None else len(batches)},
     )
 
 
@@ -295,161 +230,98 @@ def _worst_first(module: ModuleReport) -> tuple[bool, float, float]:
     return not module.quantized, -contribution, math.inf if module.sqnr is None else module.sqnr
 
 
-def _decisions(model: nn.Module) -> list[Decision]:
-    """Those of the quantizer, brought up to date with what the modules are now; made up for other models."""
-    known = {d.module: d for d in getattr(getattr(model, "hf_quantizer", None), "decisions", [])}
-    decisions = []
-    for name, module in model.named_modules():
-        own = [p for p in module._parameters.values() if p is not None]
-        if not any(p.dim() > 1 for p in own):
-            continue
-        is_quantized = isinstance(module, QuantizedModule)
-        weights = module.quantization.weights if isinstance(module, QuantizedModule) else "float"
-        decision = known.get(name)
-        if decision is None or decision.weights != weights:
-            decision = Decision(
-                module=name,
-                kind=module.quantization.float_class.__name__
-                if isinstance(module, QuantizedModule)
-                else type(module).__name__,
-                weights=weights,
-                symmetric=module.quantization.symmetric if is_quantized and weights == "int8" else None,
-                reason="",
-                parameters=_parameters_in_float(module),
-            )
-        decisions.append(decision)
-    return decisions
+# The page
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --dim: #5b6470; --paper: #ffffff; --card: #f4f6f8;
+  --line: #d9dee4; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --dim: #9aa4b0; --paper: #14171b; --card: #1e2329;
+  --line: #343b44; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.35rem; line-height: 1.25; margin: .2rem 0 .8rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; margin: 1.8rem 0 .3rem; }
+p { margin: .3rem 0 .8rem; color: var(--dim); font-size: .9rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; }
+.tile { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
+.tile b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--dim); font-size: .8rem; }
+svg { width: 100%; max-width: 46rem; height: auto; display: block; }
+svg text { fill: var(--dim) !important; font-family: system-ui, sans-serif !important; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--dim); font-weight: 600; cursor: pointer; background: var(--paper); }
+.left { text-align: left; }
+td:first-child { overflow-wrap: anywhere; white-space: normal; min-width: 9rem; }
+tr.float td { color: var(--dim); }
+@media (max-width: 40rem) { .wide { display: none; } body { padding: .8rem; } }
+"""
+
+_SORT = """
+const number = text => text === "" ? NaN : Number(text.replace(/[,~%]/g, "").replace("inf", "Infinity"));
+document.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
+  const body = document.querySelector("tbody"), down = head.dataset.down !== "1";
+  document.querySelectorAll("th").forEach(other => delete other.dataset.down);
+  head.dataset.down = down ? "1" : "0";
+  const rows = [...body.rows].sort((a, b) => {
+    const x = a.cells[column].textContent, y = b.cells[column].textContent;
+    if (x === "" || y === "") return (x === "") - (y === "");
+    const difference = number(x) - number(y) || x.localeCompare(y);
+    return down ? difference : -difference;
+  });
+  body.append(...rows);
+}));
+"""
 
 
-FloatWeight = Callable[[str], Tensor | None]
+def _escape(text: str) -> str:
+    """A name that may be a stranger's, as text of the page."""
+    return html.escape(one_line(text))
 
 
-@contextmanager
-def _weights_of(reference: nn.Module | str | os.PathLike[str] | None) -> Iterator[FloatWeight]:
-    """A function from a parameter's name to its float tensor, or None where there is none."""
-    if reference is None:
-        yield lambda name: None
-        return
-    if isinstance(reference, nn.Module):
-        parameters = dict(reference.named_parameters(remove_duplicate=False))
-        prefix = _prefix_of(reference)
-        yield lambda name: next((parameters[n] for n in _aliases(name, prefix) if n in parameters), None)
-        return
-    folder = Path(reference)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
-    if not files or not files[0].is_file():
-        raise ValueError(f"{folder} holds no safetensors files: give the folder of the float checkpoint.")
-    stored, opened = read_headers([str(file) for file in files]), opener()
-    heads = {key.split(".")[0] for key in stored}
-
-    def read(name: str) -> Tensor | None:
-        # a checkpoint may have been saved with or without the head's prefix, such as `model.`
-        names = [name, *(f"{head}.{name}" for head in sorted(heads)), name.partition(".")[2]]
-        return next((opened(stored[n].file).get_tensor(n) for n in names if n in stored), None)
-
-    yield read
-
-
-def _prefix_of(model: nn.Module) -> str:
-    prefix = getattr(model, "base_model_prefix", "")
-    return prefix if isinstance(prefix, str) else ""
-
-
-def _aliases(name: str, prefix: str) -> list[str]:
-    return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
-
-
-def _describe(model: nn.Module, decision: Decision, float_weight: FloatWeight) -> ModuleReport:
-    module = model.get_submodule(decision.module)
-    own = [p for p in module._parameters.values() if p is not None]
-    after = sum(p.nbytes for p in own)
-    report = ModuleReport(
-        **decision.to_dict(),
-        bytes_before=_module_bytes_in_float(model, module),
-        bytes_after=after,
-    )
-    if not isinstance(module, QuantizedModule) or any(p.is_meta for p in own):
-        return report
-    signals, noises, at_ends, codes, sources = [], [], 0, 0, set()
-    for name, axis in module.weight_axes.items():
-        stored = module.stored(name)[0].detach()
-        full_name = f"{decision.module}.{name}" if decision.module else name
-        exact = float_weight(full_name)
-        if exact is not None and (exact.shape != stored.shape or not exact.is_floating_point()):
-            exact = None
-        approximation = module.dequantized(name).double()
-        if exact is None:
-            sources.add(ESTIMATED)
-            signal, noise = approximation.square(), _grid_noise(module, name, approximation)
-        else:
-            sources.add(MEASURED)
-            signal = exact.detach().to(approximation.device).double()
-            noise = (signal - approximation).square()
-            signal = signal.square()
-        axes = {a % stored.dim() for a in ((axis,) if isinstance(axis, int) else axis)}
-        other = [dim for dim in range(stored.dim()) if dim not in axes]
-        signals.append((signal.sum(dim=other) if other else signal).flatten())
-        noises.append((noise.sum(dim=other) if other else noise).flatten())
-        if module.quantization.weights == "int8":
-            lowest = -127 if module.quantization.symmetric else -128
-            at_ends += int(((stored == lowest) | (stored == 127)).sum())
-            codes += stored.numel()
-    signal, noise = torch.cat(signals), torch.cat(noises)
-    by_channel = decibels_of(signal, noise)
-    worst = int(by_channel.argmin())
-    return dataclasses.replace(
-        report,
-        sqnr=float(decibels_of(signal.sum(), noise.sum())),
-        sqnr_source=ESTIMATED if ESTIMATED in sources else MEASURED,
-        worst_channel=worst,
-        worst_channel_sqnr=float(by_channel[worst]),
-        share_at_ends=at_ends / codes if codes else None,
-    )
+def _page(report: QuantizationReport) -> str:
+    """The whole page as one string: style, pictures, table and the script that sorts it."""
+    title = f"{_escape(report.model)}: quantization report"
+    tiles = [
+        (f"{len(report.quantized)} of {len(report.modules)}", "modules quantized"),
+        (f"{report.bytes_before / 1e6:,.1f} → {report.bytes_after / 1e6:,.1f}", "MB, float → now"),
+    ]
+    finite = [m.sqnr for m in report.quantized if m.sqnr is not None and math.isfinite(m.sqnr)]
+    if finite:
+        tiles.append((f"{min(finite):.1f} dB", "lowest SQNR of a weight"))
+    if report.total is not None:
+        tiles.append((f"{report.total:.3g}", report.contribution_of or ""))
+    shown = "".join(f'<div class="tile"><b>{_escape(a)}</b><span>{_escape(b)}</span></div>' for a, b in tiles)
+    try:
+        pictures = svg_of(draw_modules, report.modules, report.contribution_of)
+    except ImportError as missing:
+        pictures = f"<p>{_escape(str(missing))}</p>"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="generator" content="mono_quant_hf">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{_STYLE}</style></head><body>
+<h1>{title}</h1>
+<div class="tiles">{shown}</div>
+<h2>Weights, layer by layer</h2>
+<p>Each dot is the signal-to-quantization-noise ratio of a module's weight, higher is better; the bar reaches down to
+its worst output channel. SQNR is {_escape(report.sqnr_source)}. 6 dB is one bit.</p>
+{pictures}
+<h2>All modules</h2><p>The worst first; touch a heading to sort.</p>
+{_html_table(report)}
+<script>{_SORT}</script></body></html>
+"""
 
 
-def _grid_noise(module: QuantizedModule, name: str, values: Tensor) -> Tensor:
-    """The mean squared error of rounding to a grid of step s is s² / 12 (Bennett 1948, equation 1.6)."""
-    if module.quantization.weights == "int8":
-        step = module.get_parameter(f"{name}_scale").detach().double().expand_as(values)
-        # a channel of zeros is exact, whatever its scale
-        axis = module.weight_axes[name]
-        axes = {a % values.dim() for a in ((axis,) if isinstance(axis, int) else axis)}
-        other = [dim for dim in range(values.dim()) if dim not in axes]
-        empty = values.abs().amax(dim=other, keepdim=True) == 0 if other else values == 0
-        return torch.where(empty, 0.0, step.square() / 12)
-    exponent = torch.frexp(values.abs()).exponent.clamp(min=-13) - 11  # float16: 11 bits, from 2^-24 on
-    return torch.ldexp(torch.ones_like(values), 2 * exponent) / 12
-
-
-def _float_bytes(model: nn.Module) -> int:
-    dtype = getattr(model, "dtype", None)
-    if not isinstance(dtype, torch.dtype):
-        floats = (p.dtype for p in model.parameters() if p.dtype in (torch.float32, torch.bfloat16))
-        dtype = next(floats, torch.float32)
-    return dtype.itemsize
-
-
-def _module_bytes_in_float(model: nn.Module, module: nn.Module) -> int:
-    if not isinstance(module, QuantizedModule):
-        return sum(p.nbytes for p in module._parameters.values() if p is not None)
-    storage = set(module.storage_names())
-    weights = sum(module.stored(name)[0].numel() for name in module.weight_axes)
-    rest = sum(p.nbytes for n, p in module._parameters.items() if p is not None and n not in storage)
-    return weights * _float_bytes(model) + rest
-
-
-def _parameters_in_float(module: nn.Module) -> int:
-    """Elements of its own parameters, without scales and zero-points."""
-    storage = module.storage_names() if isinstance(module, QuantizedModule) else ()
-    rest = sum(p.numel() for n, p in module._parameters.items() if p is not None and n not in storage)
-    if isinstance(module, QuantizedModule):
-        rest += sum(module.stored(name)[0].numel() for name in module.weight_axes)
-    return rest
-
-
-def _bytes_in_float(model: nn.Module, found: Mapping[str, QuantizedModule]) -> int:
-    after = sum(p.nbytes for p in model.parameters())
-    for module in found.values():
-        own = sum(p.nbytes for p in module._parameters.values() if p is not None)
-        after += _module_bytes_in_float(model, module) - own
-    return after
+def _html_table(report: QuantizationReport) -> str:
+    columns = report._columns(report.modules)
+    head = "".join(f'<th class="{column.look}">{_escape(column.title)}</th>' for column in columns)
+    rows = [
+        f'<tr class="{"" if module.quantized else "float"}">'
+        + "".join(f'<td class="{column.look}">{_escape(column.text(module))}</td>' for column in columns)
+        + "</tr>\n"
+        for module in report.modules
+    ]
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{"".join(rows)}</tbody></table></div>'

@@ -47,3 +47,15 @@ def mean_and_standard_error(values: Any) -> tuple[float, float]:
     count = values.numel()
     mean = float(values.mean())
     return mean, float(values.std(correction=1)) / math.sqrt(count) if count > 1 else math.nan
+
+
+def aligned(titles: list[str], rows: list[list[str]], left: set[int]) -> str:
+    """A table as text; the columns `left` are aligned on the left, others on the right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if n in left else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [titles, *rows]
+    )

@@ -32,6 +32,14 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def run_on(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a tensor, or a mapping of names to tensors."""
+    device = input_device(model)
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned."""
     if isinstance(output, Tensor):

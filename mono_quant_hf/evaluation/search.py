@@ -5,21 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mono_quant_hf.calibration.blocks import evaluating
 from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.core.quantizers import FLOAT16_MAX
-from mono_quant_hf.evaluation.divergence import kl_divergence
-from mono_quant_hf.evaluation.results import Result
-from mono_quant_hf.evaluation.sensitivity import answer_of, run_on, swapped
+from mono_quant_hf.evaluation.plots import draw_frontier, save_png
+from mono_quant_hf.evaluation.results import Result, aligned
+from mono_quant_hf.evaluation.sensitivity import OutputChange, batches_of
 from mono_quant_hf.integration.selection import decide
 from mono_quant_hf.modules import quantized_class_for
 
@@ -80,30 +77,22 @@ class SearchResult(Result):
             for n, point in enumerate(self.frontier)
             if n % step == 0 or n in (self.chosen, len(self.frontier) - 1) or point.measured_kl is not None
         ]
-        titles = ["", "MB", "KL predicted", "KL measured", "float16", "float", "last change"]
-        lines = [titles]
+        rows_shown = []
         for n in shown:
             point = self.frontier[n]
-            measured = "" if point.measured_kl is None else f"{point.measured_kl:.3g}"
-            lines.append(
+            rows_shown.append(
                 [
                     ">" if n == self.chosen else "",
                     f"{point.bytes / 1e6:,.2f}",
                     f"{point.predicted_kl:.3g}",
-                    measured,
+                    "" if point.measured_kl is None else f"{point.measured_kl:.3g}",
                     str(point.float16),
                     str(point.float),
                     point.changed,
                 ]
             )
-        widths = [max(len(line[n]) for line in lines) for n in range(len(titles))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if n in (0, 6) else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        titles = ["", "MB", "KL predicted", "KL measured", "float16", "float", "last change"]
+        return aligned(titles, rows_shown, left={0, 6})
 
     def to_png(self, path: str | os.PathLike[str]) -> None:
         """Draw the frontier, size against KL divergence.
@@ -111,9 +100,10 @@ class SearchResult(Result):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from mono_quant_hf.evaluation.plots import draw_frontier
-
-        draw_frontier(self, Path(path))
+        predicted = [(point.bytes, point.predicted_kl) for point in self.frontier]
+        measured = [(p.bytes, p.measured_kl) for p in self.frontier if p.measured_kl is not None]
+        budgets = (self.settings.get("max_bytes"), self.settings.get("max_kl"))
+        save_png(path, draw_frontier, predicted, measured, (self.bytes, self.kl), *budgets)
 
 
 def search_overrides(
@@ -159,82 +149,112 @@ def search_overrides(
         raise ValueError("give one budget, max_bytes or max_kl.")
     if (max_bytes if max_kl is None else max_kl) <= 0:  # type: ignore[operator]
         raise ValueError("the budget must be above 0.")
-    batches = [inputs] if isinstance(inputs, (Mapping, Tensor)) else list(inputs)
-    if not batches:
-        raise ValueError("inputs is empty: give at least one batch.")
+    batches = batches_of(inputs)
     forms = _forms(model, config or MonoQuantConfig())
     if not forms:
         raise TypeError(f"{type(model).__name__} has no modules that can be quantized.")
-    measure = _Measure(model, batches)
-    float_bytes = sum(p.nbytes for p in model.parameters())
-    sizes = {name: {form: _bytes(module) for form, module in made.items()} for name, made in forms.items()}
-    costs: dict[str, dict[str, float]] = {}
-    with tqdm(total=2 * len(forms), desc="Contributions", unit="pass", disable=not progress) as bar:
-        for name, made in forms.items():
-            costs[name] = {FLOAT: 0.0}
-            for form, module in made.items():
-                if form != FLOAT:
-                    costs[name][form] = measure({name: module})
-                bar.update(form != FLOAT)
-
-    steps = _steps(sizes, costs)
-    together = measure({name: made[INT8] for name, made in forms.items()})
-    apart = sum(cost[INT8] for cost in costs.values())
-    scale = together / apart if apart > 0 else 1.0
-
-    states = [dict.fromkeys(forms, INT8)]
-    for name, form in steps:
-        states.append(states[-1] | {name: form})
-    totals = [float_bytes + sum(sizes[n][f] - sizes[n][FLOAT] for n, f in state.items()) for state in states]
-    measured: dict[int, float] = {0: together}
-
-    def kl(index: int) -> float:
-        if index not in measured:
-            modules = {n: forms[n][f] for n, f in states[index].items() if f != FLOAT}
-            measured[index] = measure(modules) if modules else 0.0
-        return measured[index]
-
-    chosen, met = _choose(totals, kl, max_bytes, max_kl)
-    points = tuple(
-        Point(
-            bytes=total,
-            predicted_kl=scale * sum(costs[n][f] for n, f in state.items()),
-            measured_kl=measured.get(index),
-            changed="" if index == 0 else " → ".join(steps[index - 1]),
-            float16=sum(form == FLOAT16 for form in state.values()),
-            float=sum(form == FLOAT for form in state.values()),
-        )
-        for index, (state, total) in enumerate(zip(states, totals, strict=True))
-    )
+    measure = OutputChange(model, batches)
+    if not measure.is_logits:
+        raise TypeError(f"{type(model).__name__} gives no logits, by whose KL divergence modules are chosen.")
+    frontier = _Frontier(model, forms, measure, progress)
+    chosen, met = frontier.choose(max_bytes, max_kl)
+    overrides = {n: {"weights": form} for n, form in frontier.states[chosen].items() if form != INT8}
     return SearchResult(
-        module_overrides={n: {"weights": form} for n, form in states[chosen].items() if form != INT8},
-        bytes=totals[chosen],
-        kl=measured[chosen],
-        float_bytes=float_bytes,
+        module_overrides=overrides,
+        bytes=frontier.totals[chosen],
+        kl=frontier.kl(chosen),
+        float_bytes=frontier.float_bytes,
         met=met,
-        frontier=points,
+        frontier=frontier.points(),
         chosen=chosen,
         settings={"max_bytes": max_bytes, "max_kl": max_kl, "batches": len(batches)},
     )
 
 
-def _choose(
-    totals: list[int], kl: Callable[[int], float], max_bytes: int | None, max_kl: float | None
-) -> tuple[int, bool]:
-    """Index of the state to take, and whether it meets the budget."""
-    if max_bytes is not None:
-        fitting = [n for n, total in enumerate(totals) if total <= max_bytes]
-        chosen = fitting[-1] if fitting else 0
-        kl(chosen)
-        return chosen, bool(fitting)
-    assert max_kl is not None
-    low, high = 0, len(totals) - 1
-    if kl(low) <= max_kl:
-        return low, True
-    while high - low > 1:  # low does not hold; high does, or is the float model, which is exact
-        middle = (low + high) // 2
-        low, high = (low, middle) if kl(middle) <= max_kl else (middle, high)
-    return high, kl(high) <= max_kl
+Forms = Mapping[str, Mapping[str, nn.Module]]
+"""`{module name: {form: module}}`"""
+
+
+class _Frontier:
+    """The models from all modules in int8 to all in float, each with one module kept more exactly than the one before.
+
+    Attributes:
+        states: `{module name: form}` of each.
+        totals: bytes of all parameters of each.
+    """
+
+    def __init__(self, model: nn.Module, forms: Forms, measure: OutputChange, progress: bool):
+        self.forms, self.measure = forms, measure
+        self.float_bytes = sum(p.nbytes for p in model.parameters())
+        self.sizes = {name: {form: _bytes(m) for form, m in made.items()} for name, made in forms.items()}
+        self.costs: dict[str, dict[str, float]] = {name: {FLOAT: 0.0} for name in forms}
+        rounded = [(n, form, m) for n, made in forms.items() for form, m in made.items() if form != FLOAT]
+        for name, form, module in tqdm(rounded, desc="Contributions", unit="pass", disable=not progress):
+            self.costs[name][form] = measure({name: module})
+        self._steps = sorted(
+            (step for name in forms for step in self._upgrades(name)), key=lambda step: -step[0]
+        )
+        self.states = [dict.fromkeys(forms, INT8)]
+        for _, name, form in self._steps:
+            self.states.append(self.states[-1] | {name: form})
+        self.totals = [
+            self.float_bytes + sum(self.sizes[n][form] - self.sizes[n][FLOAT] for n, form in state.items())
+            for state in self.states
+        ]
+        self._measured: dict[int, float] = {}
+
+    def _upgrades(self, name: str) -> list[tuple[float, str, str]]:
+        """`(KL saved for a byte, module, form)` from int8 to float."""
+        # the lower convex hull of (bytes, KL): a form above the line between its neighbours is never the best
+        hull: list[str] = []
+        for form in sorted(self.sizes[name], key=self.sizes[name].__getitem__):
+            while len(hull) > 1 and self._rate(name, *hull[-2:]) <= self._rate(name, hull[-2], form):
+                hull.pop()
+            hull.append(form)
+        return [(self._rate(name, before, after), name, after) for before, after in itertools.pairwise(hull)]
+
+    def _rate(self, name: str, before: str, after: str) -> float:
+        """KL saved for a byte."""
+        sizes, costs = self.sizes[name], self.costs[name]
+        return (costs[before] - costs[after]) / max(1, sizes[after] - sizes[before])
+
+    def kl(self, index: int) -> float:
+        """Measured, in nats."""
+        if index not in self._measured:
+            modules = {n: self.forms[n][form] for n, form in self.states[index].items() if form != FLOAT}
+            self._measured[index] = self.measure(modules) if modules else 0.0
+        return self._measured[index]
+
+    def choose(self, max_bytes: int | None, max_kl: float | None) -> tuple[int, bool]:
+        """Index of the state to take, and whether it meets the budget."""
+        if max_bytes is not None:
+            fitting = [n for n, total in enumerate(self.totals) if total <= max_bytes]
+            return (fitting[-1], True) if fitting else (0, False)
+        assert max_kl is not None
+        low, high = 0, len(self.totals) - 1
+        if self.kl(low) <= max_kl:
+            return low, True
+        while high - low > 1:  # low does not hold; high does, or is the float model, which is exact
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.kl(middle) <= max_kl else (middle, high)
+        return high, self.kl(high) <= max_kl
+
+    def points(self) -> tuple[Point, ...]:
+        """Each state; predictions are scaled to what all modules in int8 were measured to cost."""
+        apart = sum(cost[INT8] for cost in self.costs.values())
+        scale = self.kl(0) / apart if apart > 0 else 1.0
+        changes = ["", *(f"{name} → {form}" for _, name, form in self._steps)]
+        return tuple(
+            Point(
+                bytes=self.totals[index],
+                predicted_kl=scale * sum(self.costs[n][form] for n, form in state.items()),
+                measured_kl=self._measured.get(index),
+                changed=changes[index],
+                float16=sum(form == FLOAT16 for form in state.values()),
+                float=sum(form == FLOAT for form in state.values()),
+            )
+            for index, state in enumerate(self.states)
+        )
 
 
 def _forms(model: nn.Module, config: MonoQuantConfig) -> dict[str, dict[str, nn.Module]]:
@@ -262,57 +282,3 @@ def _forms(model: nn.Module, config: MonoQuantConfig) -> dict[str, dict[str, nn.
 def _bytes(module: nn.Module) -> int:
     """Of the weights with their scales, and of the bias."""
     return sum(p.nbytes for p in module._parameters.values() if p is not None)
-
-
-def _steps(
-    sizes: Mapping[str, Mapping[str, int]], costs: Mapping[str, Mapping[str, float]]
-) -> list[tuple[str, str]]:
-    """Upgrades `(module, form)` from int8 to float, those that save most KL for a byte first."""
-    steps = []
-    for name, size in sizes.items():
-        forms = sorted(size, key=lambda form: size[form])
-        # the lower convex hull of (bytes, KL): a form above the line between its neighbours is never the best
-        hull = [forms[0]]
-        for form in forms[1:]:
-            while len(hull) > 1 and _rate(name, hull[-2], hull[-1], sizes, costs) <= _rate(
-                name, hull[-2], form, sizes, costs
-            ):
-                hull.pop()
-            hull.append(form)
-        for before, after in itertools.pairwise(hull):
-            steps.append((_rate(name, before, after, sizes, costs), name, after))
-    steps.sort(key=lambda step: -step[0])
-    return [(name, form) for _, name, form in steps]
-
-
-def _rate(
-    name: str,
-    before: str,
-    after: str,
-    sizes: Mapping[str, Mapping[str, int]],
-    costs: Mapping[str, Mapping[str, float]],
-) -> float:
-    """KL saved for a byte."""
-    return (costs[name][before] - costs[name][after]) / max(1, sizes[name][after] - sizes[name][before])
-
-
-class _Measure:
-    """KL divergence of the model with some modules swapped, from the model as it is."""
-
-    def __init__(self, model: nn.Module, batches: list[Any]):
-        self.model, self.batches = model, batches
-        with evaluating(model):
-            answers = [answer_of(run_on(model, batch)) for batch in batches]
-        if not all(is_logits for _, is_logits in answers):
-            raise TypeError(
-                f"{type(model).__name__} gives no logits, by whose KL divergence modules are chosen."
-            )
-        self.expected = [logits for logits, _ in answers]
-
-    def __call__(self, modules: Mapping[str, nn.Module]) -> float:
-        with evaluating(self.model), swapped(self.model, modules):
-            parts = [
-                kl_divergence(expected, answer_of(run_on(self.model, batch))[0])
-                for expected, batch in zip(self.expected, self.batches, strict=True)
-            ]
-        return float(torch.cat(parts).mean())

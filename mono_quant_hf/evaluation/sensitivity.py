@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mono_quant_hf.calibration.blocks import evaluating
 from mono_quant_hf.core import sqnr
+from mono_quant_hf.core.metrics import decibels
 from mono_quant_hf.evaluation.divergence import kl_divergence
-from mono_quant_hf.evaluation.scoring import input_device
+from mono_quant_hf.evaluation.scoring import run_on
 from mono_quant_hf.modules import QuantizedModule
 
 
-def run_on(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a tensor, or a mapping of names to tensors."""
-    device = input_device(model)
-    if isinstance(batch, Tensor):
-        return model(batch.to(device))
-    return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+def batches_of(inputs: Mapping[str, Any] | Tensor | Iterable[Mapping[str, Any] | Tensor]) -> list[Any]:
+    """One batch or several as a list.
+
+    Raises:
+        ValueError: there is none.
+    """
+    batches = [inputs] if isinstance(inputs, (Mapping, Tensor)) else list(inputs)
+    if not batches:
+        raise ValueError("inputs is empty: give at least one batch.")
+    return batches
 
 
 def answer_of(output: Any) -> tuple[Tensor, bool]:
@@ -74,43 +78,40 @@ def output_sqnr(
     finally:
         for handle in handles:
             handle.remove()
-    measured = {}
-    for name in found:
-        if signal[name] or noise[name]:
-            measured[name] = float(decibels_of(torch.tensor(signal[name]), torch.tensor(noise[name])))
-    return measured
+    return {name: decibels(signal[name], noise[name]) for name in found if signal[name] or noise[name]}
 
 
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else next(v for v in output if isinstance(v, Tensor))
 
 
-def contributions(
-    reference: nn.Module, found: Mapping[str, QuantizedModule], batches: list[Any], progress: bool
-) -> tuple[str, float, dict[str, float]]:
-    """The error of the output with all modules quantized, and with each alone."""
-    with evaluating(reference):
-        expected = [answer_of(run_on(reference, batch)) for batch in batches]
-        is_logits = expected[0][1]
+class OutputChange:
+    """How far the model's output is, with some modules in the place of its own, from its output as it is.
 
-        def error() -> float:
-            parts = [
-                (e, answer_of(run_on(reference, b))[0]) for (e, _), b in zip(expected, batches, strict=True)
-            ]
-            if is_logits:
-                return float(torch.cat([kl_divergence(e, got) for e, got in parts]).mean())
-            exact = torch.cat([e.double().flatten() for e, _ in parts])
-            got = torch.cat([g.double().flatten() for _, g in parts])
-            return 10 ** (-sqnr(exact, got) / 20)
+    Attributes:
+        is_logits: whether the output is; then the change is a KL divergence.
+        of: what the change is, in words.
+    """
 
-        with swapped(reference, found):
-            total = error()
-        alone = {}
-        for name, module in tqdm(found.items(), desc="contributions", unit="module", disable=not progress):
-            with swapped(reference, {name: module}):
-                alone[name] = error()
-    what = "mean KL divergence per prediction, in nats" if is_logits else "relative error of the output"
-    return what, total, alone
+    def __init__(self, model: nn.Module, batches: list[Any]):
+        self.model, self.batches = model, batches
+        with evaluating(model):
+            answers = [answer_of(run_on(model, batch)) for batch in batches]
+        self.expected = [answer for answer, _ in answers]
+        self.is_logits = all(is_logits for _, is_logits in answers)
+        self.of = "relative error of the output"
+        if self.is_logits:
+            self.of = "mean KL divergence per prediction, in nats"
+
+    def __call__(self, modules: Mapping[str, nn.Module]) -> float:
+        """With `{name: module}` in place of the model's own."""
+        with evaluating(self.model), swapped(self.model, modules):
+            got = [answer_of(run_on(self.model, batch))[0] for batch in self.batches]
+        pairs = list(zip(self.expected, got, strict=True))
+        if self.is_logits:
+            return float(torch.cat([kl_divergence(a, b) for a, b in pairs]).mean())
+        exact, found = (torch.cat([t.double().flatten() for t in side]) for side in zip(*pairs, strict=True))
+        return 10 ** (-sqnr(exact, found) / 20)
 
 
 @contextmanager

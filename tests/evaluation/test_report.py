@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -143,19 +144,36 @@ def test_json_page_and_picture(tmp_path):
     report.to_html(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
-    assert not re.search(r"(src|href)=|url\(|@import|https?:", page)  # nothing from elsewhere
+    assert not re.search(r"""(src|href)="(?!#)|url\((?!#)|@import|https?:""", page)  # nothing from elsewhere
     for module in report.modules:
         assert module.module in page
     pytest.importorskip("matplotlib")
+    assert page.count("<svg") == 1 and "Worst channel of each module" in page
     report.to_png(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_page_shows_the_names_of_strangers(tmp_path):
-    model = torch.nn.ModuleDict({"<script>alert(1)</script>\u202e": torch.nn.Linear(8, 8)})
-    quantization_report(quantize_model(model)).to_html(tmp_path / "report.html")
+    model = torch.nn.ModuleDict(
+        {"<script>alert(1)</script>\u202e": torch.nn.Linear(8, 8), "$a_b$": torch.nn.Linear(8, 8)}
+    )
+    report = quantization_report(quantize_model(model))
+    report.to_html(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert page.count("<script>") == 1 and r"&lt;script&gt;alert(1)&lt;/script&gt;\u202e" in page
+    pytest.importorskip("matplotlib")
+    assert page.count("$a_b$") == 2  # in the table and in the picture, not read as a formula
+
+
+def test_a_page_without_matplotlib_says_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report = quantization_report(quantize_model(small()))
+    report.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "need matplotlib: pip install" in page and "<svg" not in page and "<td" in page
+    with pytest.raises(ImportError, match="mono-quant-hf"):
+        report.to_png(tmp_path / "report.png")
+    assert not (tmp_path / "report.png").exists()
 
 
 def test_the_command(tmp_path, capsys):
