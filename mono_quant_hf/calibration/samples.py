@@ -169,20 +169,7 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
         >>> text.shape, bool((text[:, 0] == config.bos_token_id).all())
         (torch.Size([2, 5]), True)
     """
-    config = getattr(model, "config", None)
-    can_write = getattr(model, "can_generate", None)
-    if config is None or can_write is None or not can_write() or getattr(config, "is_encoder_decoder", False):
-        raise TypeError(
-            f"calibration='self' is for causal language models, which {type(model).__name__} is not: give texts or "
-            "batches of inputs."
-        )
-    config = config.get_text_config()
-    first = next((t for t in (config.bos_token_id, config.eos_token_id) if t is not None), None)
-    first = first[0] if isinstance(first, (list, tuple)) and first else first
-    if not isinstance(first, int):
-        raise ValueError(
-            f"{type(model).__name__} has no bos_token_id to start a text with: give texts instead."
-        )
+    first = _first_token(model)
     length = _length(model, sampling)
     device = next(p.device for p in model.parameters())
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -205,6 +192,24 @@ def write_text(model: nn.Module, sampling: Sampling, progress: bool = False) -> 
                 bar.update(count)
             rows.append(torch.cat(written, dim=1))
     return torch.cat(rows)
+
+
+def _first_token(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    can_write = getattr(model, "can_generate", None)
+    if config is None or can_write is None or not can_write() or getattr(config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"calibration='self' is for causal language models, which {type(model).__name__} is not: give texts or "
+            "batches of inputs."
+        )
+    config = config.get_text_config()
+    first = next((t for t in (config.bos_token_id, config.eos_token_id) if t is not None), None)
+    first = first[0] if isinstance(first, (list, tuple)) and first else first
+    if not isinstance(first, int):
+        raise ValueError(
+            f"{type(model).__name__} has no bos_token_id to start a text with: give texts instead."
+        )
+    return first
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -134,23 +134,19 @@ def text_embeddings(
     known = inspect.signature(model.forward).parameters
     parts = []
     with evaluating(model):
-        for begin in tqdm(
-            range(0, len(texts), batch_size), unit="batch", desc="embeddings", disable=not progress
-        ):
+        starts = range(0, len(texts), batch_size)
+        for begin in tqdm(starts, unit="batch", desc="embeddings", disable=not progress):
+            part = texts[begin : begin + batch_size]
             encoded = tokenizer(
-                texts[begin : begin + batch_size],
-                padding=True,
-                truncation=True,
-                max_length=max_length,
-                return_tensors="pt",
+                part, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
             )
             inputs = {name: value for name, value in encoded.items() if name in known}
             hidden = run_on(model, inputs).last_hidden_state.float().cpu()
-            if pooling == "first":
-                parts.append(hidden[:, 0])
-            else:
+            if pooling == "mean":
                 mask = encoded["attention_mask"].unsqueeze(-1).to(hidden.dtype)
                 parts.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+            else:
+                parts.append(hidden[:, 0])
     return torch.cat(parts)
 
 

@@ -81,8 +81,7 @@ def perplexity(
         model: a causal language model, float or quantized, on any device, also spread or offloaded by
             `device_map`. It is put in evaluation mode and, afterwards, back as it was.
         tokenizer: the tokenizer of the model.  Special tokens are added as it does by default.
-        text_or_dataset: a str, a `pathlib.Path` of a text file, a list of str, a `datasets.Dataset` or
-            `datasets.IterableDataset`.
+        text_or_dataset: a str, a `pathlib.Path` of a text file, a list of str, a `Dataset` or `IterableDataset`.
         window: tokens in a window.  Default: what the model has positions for, at most 1024: memory grows
             with the window, and beyond that little is gained.
         stride: tokens between windows, from 1 (most context, slowest) to `window` (no overlap, fastest).
@@ -91,16 +90,14 @@ def perplexity(
         column: the column of a dataset that holds the text.
         separator: joins the texts of a list or dataset into one, "\\n\\n" as in the documentation.  None
             scores each text by itself; then the first token of each is not scored.
-        max_tokens: use only so many tokens from the start of the text; of a dataset only the rows needed are
-            read.
+        max_tokens: use only so many tokens from the start; of a dataset only the rows needed are read.
         progress: show a progress bar.
         split_between_processes: every process of torch.distributed scores its share of the windows, and each
             returns the result of all; all of them must call this, each with the whole model.
 
     Raises:
-        ValueError: no text or fewer than 2 tokens; `window`, `stride`, `batch_size` or `max_tokens` out of
-            range; a missing column; a dataset of several splits; a model that is not causal; a tokenizer of
-            another model.
+        ValueError: no text or fewer than 2 tokens; a number out of range; a missing column; a dataset of several
+            splits; a model that is not causal; a tokenizer of another model.
         TypeError: something that is not text, or a model without logits.
 
     Example:
@@ -110,32 +107,34 @@ def perplexity(
         ...                      num_attention_heads=1, max_position_embeddings=16)
         >>> tokenizer = lambda text, **_: {"input_ids": list(text.encode())}
         >>> result = perplexity(LlamaForCausalLM(config), tokenizer, "to be or not to be", progress=False)
-        >>> result.tokens, result.text_tokens, result.windows
-        (17, 18, 2)
-        >>> 100 < float(result) < 160     # untrained: about as good as guessing among 128
-        True
+        >>> result.tokens, result.text_tokens, result.windows, 100 < float(result) < 160  # guesses among 128
+        (17, 18, 2, True)
     """
+    windows = Windows(**options)
     if task_of(model) != "causal":
         raise ValueError(
-            f"perplexity is not defined for {type(model).__name__}, a masked language model: use "
-            "divergence() to compare it with its float form."
+            f"perplexity is not defined for {type(model).__name__}, a masked language model: use divergence()."
         )
-    if split_between_processes and not (dist.is_available() and dist.is_initialized()):
+    planned = plan(model, tokenizer, text_or_dataset, windows)
+    started = time.perf_counter()
+    losses = _shared_losses if split_between_processes else _losses
+    parts = losses(model, planned.passages, windows.batch_size, progress)
+    return summarize(torch.cat(parts), planned, time.perf_counter() - started)
+
+
+def _shared_losses(
+    model: nn.Module, passages: Sequence[Passage], batch_size: int, progress: bool
+) -> list[torch.Tensor]:
+    """As `_losses`, each process computing those of its share."""
+    if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "split_between_processes needs torch.distributed: start the program with torchrun and make an "
             "accelerate.PartialState() first."
         )
-    windows = Windows(**options)
-    planned = plan(model, tokenizer, text_or_dataset, windows)
-    started = time.perf_counter()
-    if split_between_processes:
-        with PartialState().split_between_processes(planned.passages) as passages:
-            parts = gather_object(_losses(model, passages, windows.batch_size, progress))
-        # where there are fewer passages than processes, those left over are given the last one again
-        parts = parts[: len(planned.passages)]
-    else:
-        parts = _losses(model, planned.passages, windows.batch_size, progress)
-    return summarize(torch.cat(parts), planned, time.perf_counter() - started)
+    with PartialState().split_between_processes(passages) as own:
+        parts: list[torch.Tensor] = gather_object(_losses(model, own, batch_size, progress))
+    # where there are fewer passages than processes, those left over are given the last one again
+    return parts[: len(passages)]
 
 
 def _losses(

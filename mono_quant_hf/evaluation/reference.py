@@ -106,7 +106,6 @@ def record_reference(
     Example:
         >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from mono_quant_hf import quantize_model
         >>> from mono_quant_hf.evaluation import divergence
         >>> config = LlamaConfig(vocab_size=128, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         ...                      num_attention_heads=1, max_position_embeddings=16)
@@ -114,38 +113,22 @@ def record_reference(
         >>> tokenizer = lambda text, **_: {"input_ids": list(text.encode())}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     reference = record_reference(model, tokenizer, "to be or not to be", folder, progress=False)
-        ...     result = divergence(reference, quantize_model(model), progress=False)
-        >>> reference.windows, reference.vocabulary, result.tokens, 0 < result.kl_mean < 0.01
-        (2, 128, 17, True)
+        ...     result = divergence(reference, model, progress=False)
+        >>> reference.windows, reference.vocabulary, result.tokens, result.kl_mean
+        (2, 128, 17, 0.0)
     """
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"dtype is {dtype}, but logits are stored as torch.float32, torch.float16 or torch.bfloat16."
         )
-    folder, windows = Path(folder), MaskedWindows(**options)
-    planned = plan(model, tokenizer, text_or_dataset, windows)
+    folder = Path(folder)
+    planned = plan(model, tokenizer, text_or_dataset, MaskedWindows(**options))
     fed = [(passage.input_ids, passage.positions, passage.targets) for passage in planned.passages]
     fingerprint = fingerprint_of(model, planned.settings["task"], str(dtype), fed)
     _open(folder, fingerprint)
     started = time.perf_counter()
     _record(model, planned, folder, dtype, progress)
-    seconds = time.perf_counter() - started
-    parts = []
-    for number in range(len(planned.passages)):
-        # not load_file, which would read the logits too
-        with safe_open(folder / _file_name(number), framework="pt") as file:
-            parts.append(file.get_tensor("nll"))
-            vocabulary = file.get_slice("logits").get_shape()[-1]
-    summary = summarize(torch.cat(parts), planned, seconds)
-    _write_manifest(
-        folder,
-        fingerprint,
-        complete=True,
-        windows=len(parts),
-        vocabulary=vocabulary,
-        perplexity=summary.to_dict(),
-    )
-    return Reference(folder=folder, perplexity=summary, windows=len(parts), vocabulary=vocabulary)
+    return _finish(planned, folder, fingerprint, time.perf_counter() - started)
 
 
 def _record(model: nn.Module, planned: Plan, folder: Path, dtype: torch.dtype | None, progress: bool) -> None:
@@ -173,6 +156,20 @@ def _record(model: nn.Module, planned: Plan, folder: Path, dtype: torch.dtype | 
             with file_written_aside(folder / _file_name(number)) as new:
                 save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, new)
             bar.update(len(passage.targets))
+
+
+def _finish(planned: Plan, folder: Path, fingerprint: str, seconds: float) -> Reference:
+    """Sum up the windows of the folder in its manifest."""
+    parts = []
+    for number in range(len(planned.passages)):
+        # not load_file, which would read the logits too
+        with safe_open(folder / _file_name(number), framework="pt") as file:
+            parts.append(file.get_tensor("nll"))
+            vocabulary = file.get_slice("logits").get_shape()[-1]
+    summary = summarize(torch.cat(parts), planned, seconds)
+    sizes = {"windows": len(parts), "vocabulary": vocabulary}
+    _write_manifest(folder, fingerprint, complete=True, **sizes, perplexity=summary.to_dict())
+    return Reference(folder=folder, perplexity=summary, **sizes)
 
 
 def load_reference(folder: str | os.PathLike[str]) -> Reference:

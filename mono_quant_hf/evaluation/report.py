@@ -200,13 +200,8 @@ def quantization_report(
     if inputs is not None:
         assert isinstance(reference, nn.Module)
         batches = batches_of(inputs)
-        outputs = output_sqnr(reference, found, batches)
-        change = OutputChange(reference, batches)
-        contribution_of, total = change.of, change(found)
-        for name, module in tqdm(found.items(), desc="contributions", unit="module", disable=not progress):
-            reports[name] = dataclasses.replace(
-                reports[name], output_sqnr=outputs.get(name), contribution=change({name: module})
-            )
+        contribution_of, total, measured = _contributions(reference, found, batches, progress)
+        reports |= {name: dataclasses.replace(reports[name], **figures) for name, figures in measured.items()}
     bytes_after = sum(p.nbytes for p in model.parameters())
     return QuantizationReport(
         model=_name_of(model),
@@ -217,6 +212,17 @@ def quantization_report(
         bytes_after=bytes_after,
         settings={"batches": None if batches is None else len(batches)},
     )
+
+
+def _contributions(
+    reference: nn.Module, found: Mapping[str, QuantizedModule], batches: list[Any], progress: bool
+) -> tuple[str, float, dict[str, dict[str, Any]]]:
+    """What contributions are, that of all modules together, and the fields for inputs of each `ModuleReport`."""
+    outputs, change = output_sqnr(reference, found, batches), OutputChange(reference, batches)
+    measured = {}
+    for name, module in tqdm(found.items(), desc="contributions", unit="module", disable=not progress):
+        measured[name] = {"output_sqnr": outputs.get(name), "contribution": change({name: module})}
+    return change.of, change(found), measured
 
 
 def _name_of(model: nn.Module) -> str:

@@ -128,8 +128,7 @@ def search_overrides(
         inputs: batches, as for `quantization_report`.
         max_bytes: budget for all parameters of the model.
         max_kl: budget for the mean KL divergence from the float model, in nats. One of the two must be given.
-        config: for int8: symmetric or not, and modules that stay in float. Its overrides are part of the search no
-            more.
+        config: for int8: symmetric or not, and modules that stay in float; its overrides are not looked at.
         progress: show a progress bar.
 
     Raises:
@@ -137,38 +136,26 @@ def search_overrides(
         TypeError: the model gives no logits.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         ...                      num_attention_heads=2)
-        >>> model = LlamaForCausalLM(config).eval()
-        >>> result = search_overrides(model, {"input_ids": torch.arange(8)[None]}, max_bytes=14_000)
-        >>> result.met, result.bytes <= 14_000
-        (True, True)
+        >>> inputs = {"input_ids": torch.arange(8)[None]}
+        >>> result = search_overrides(LlamaForCausalLM(config), inputs, max_bytes=14_000)
+        >>> result.met and result.bytes <= 14_000
+        True
     """
-    if (max_bytes is None) == (max_kl is None):
-        raise ValueError("give one budget, max_bytes or max_kl.")
-    if (max_bytes if max_kl is None else max_kl) <= 0:  # type: ignore[operator]
-        raise ValueError("the budget must be above 0.")
-    batches = batches_of(inputs)
+    budgets = [budget for budget in (max_bytes, max_kl) if budget is not None]
+    if len(budgets) != 1 or budgets[0] <= 0:
+        raise ValueError(f"Expected one budget above 0, got max_bytes={max_bytes} and max_kl={max_kl}.")
     forms = _forms(model, config or MonoQuantConfig())
-    if not forms:
-        raise TypeError(f"{type(model).__name__} has no modules that can be quantized.")
-    measure = OutputChange(model, batches)
-    if not measure.is_logits:
-        raise TypeError(f"{type(model).__name__} gives no logits, by whose KL divergence modules are chosen.")
-    frontier = _Frontier(model, forms, measure, progress)
-    chosen, met = frontier.choose(max_bytes, max_kl)
-    overrides = {n: {"weights": form} for n, form in frontier.states[chosen].items() if form != INT8}
-    return SearchResult(
-        module_overrides=overrides,
-        bytes=frontier.totals[chosen],
-        kl=frontier.kl(chosen),
-        float_bytes=frontier.float_bytes,
-        met=met,
-        frontier=frontier.points(),
-        chosen=chosen,
-        settings={"max_bytes": max_bytes, "max_kl": max_kl, "batches": len(batches)},
-    )
+    measure = OutputChange(model, batches_of(inputs))
+    if not forms or not measure.is_logits:
+        lacks = (
+            "logits, by whose KL divergence modules are chosen" if forms else "modules that can be quantized"
+        )
+        raise TypeError(f"{type(model).__name__} has no {lacks}.")
+    return _Frontier(model, forms, measure, progress).result(max_bytes, max_kl)
 
 
 Forms = Mapping[str, Mapping[str, nn.Module]]
@@ -224,6 +211,20 @@ class _Frontier:
             modules = {n: self.forms[n][form] for n, form in self.states[index].items() if form != FLOAT}
             self._measured[index] = self.measure(modules) if modules else 0.0
         return self._measured[index]
+
+    def result(self, max_bytes: int | None, max_kl: float | None) -> SearchResult:
+        """What is chosen for a budget."""
+        chosen, met = self.choose(max_bytes, max_kl)
+        return SearchResult(
+            module_overrides={n: {"weights": f} for n, f in self.states[chosen].items() if f != INT8},
+            bytes=self.totals[chosen],
+            kl=self.kl(chosen),
+            float_bytes=self.float_bytes,
+            met=met,
+            frontier=self.points(),
+            chosen=chosen,
+            settings={"max_bytes": max_bytes, "max_kl": max_kl, "batches": len(self.measure.batches)},
+        )
 
     def choose(self, max_bytes: int | None, max_kl: float | None) -> tuple[int, bool]:
         """Index of the state to take, and whether it meets the budget."""

@@ -75,9 +75,9 @@ def test_a_bfloat16_model_is_not_offered_float16():
 
 
 def test_what_cannot_be_searched():
-    with pytest.raises(ValueError, match="one budget"):
+    with pytest.raises(ValueError, match="one budget above 0, got max_bytes=None"):
         search_overrides(tiny_models.llama(), INPUTS)
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match="and max_kl=0"):
         search_overrides(tiny_models.llama(), INPUTS, max_kl=0)
     with pytest.raises(TypeError, match="logits"):
         search_overrides(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.ones(1, 4), max_kl=1)
