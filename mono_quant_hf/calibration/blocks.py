@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,12 +50,6 @@ class Stage:
     groups: list[list[str]] = field(default_factory=list)
 
 
-@dataclass
-class _Call:
-    name: str
-    x: Tensor
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode it was in before.
@@ -84,21 +80,52 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     return model(*positional, **inputs)
 
 
+@contextmanager
+def watching(
+    model: nn.Module,
+    names: Iterable[str],
+    fed: Callable[[str, Tensor], None] | None = None,
+    gives: Callable[[str, Any], None] | None = None,
+) -> Iterator[None]:
+    """Call `fed(name, x)` with the first tensor that each module is fed, `gives(name, output)` with what it gives.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with watching(model, ["1"], fed=lambda name, x: print(name, list(x.shape))):
+        ...     _ = model(torch.ones(4, 2))
+        1 [4, 3]
+    """
+
+    def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        assert fed is not None
+        fed(name, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+    def after(name: str, _: nn.Module, args: Any, output: Any) -> None:
+        assert gives is not None
+        gives(name, output)
+
+    with ExitStack() as stack:
+        for name in names:
+            module = model.get_submodule(name)
+            if fed is not None:
+                hook = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+                stack.callback(hook.remove)
+            if gives is not None:
+                stack.callback(module.register_forward_hook(partial(after, name)).remove)
+        yield
+
+
 def inputs_of(model: nn.Module, inputs: Inputs, name: str, all_calls: bool) -> list[Tensor]:
     """What module `name` is fed in a forward pass, which ends there unless `all_calls` are wanted."""
     seen: list[Tensor] = []
 
-    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(_first_tensor(args, kwargs))
+    def look(_: str, x: Tensor) -> None:
+        seen.append(x)
         if not all_calls:
             raise _Stop
 
-    handle = model.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with suppress(_Stop):
-            run(model, inputs)
-    finally:
-        handle.remove()
+    with watching(model, [name], fed=look), suppress(_Stop):
+        run(model, inputs)
     return seen
 
 
@@ -107,28 +134,18 @@ def block_pass(
 ) -> tuple[Any, dict[str, list[Tensor]]]:
     """What `block` gives in a forward pass, which ends there, and what each of `names` is fed on the way."""
     given: list[Any] = []
-    fed: dict[str, list[Tensor]] = {name: [] for name in names}
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def answer(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def look(name: str, x: Tensor) -> None:
+        seen[name].append(x.clone())  # the model may go on to change it in place
+
+    def answer(_: str, output: Any) -> None:
         given.append(output)
         raise _Stop
 
-    with ExitStack() as stack:
-        for name, seen in fed.items():
-
-            def look(_: nn.Module, args: Any, kwargs: Any, seen: list[Tensor] = seen) -> None:
-                seen.append(_first_tensor(args, kwargs).clone())  # the model may go on to change it in place
-
-            handle = model.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.callback(model.get_submodule(block).register_forward_hook(answer).remove)
-        stack.enter_context(suppress(_Stop))
+    with watching(model, seen, fed=look), watching(model, [block], gives=answer), suppress(_Stop):
         run(model, inputs)
-    return given[0], fed
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return given[0], seen
 
 
 class Blocks:
@@ -144,10 +161,9 @@ class Blocks:
         self.model = model
         self.rows: dict[str, list[str]] = {}
         self._aside: dict[str, _Recall] = {}
-        calls, order = self._record(names, _rows_of(model, names), inputs)
-        self.repeated = {call.name for call in calls if sum(c.name == call.name for c in calls) > 1}
-        self.order = order
-        self.stages = self._plan(calls, set(names))
+        calls, self.order = self._record(names, _rows_of(model, names), inputs)
+        self.repeated = {name for name, count in Counter(name for name, _ in calls).items() if count > 1}
+        self.stages = self._plan(calls)
 
     def put_aside(self, block: str) -> None:
         """From now on, `block` and those before it in its row answer with what `recalling` sets."""
@@ -176,28 +192,16 @@ class Blocks:
 
     def _record(
         self, names: list[str], rows: dict[str, list[str]], inputs: Inputs
-    ) -> tuple[list[_Call], list[str]]:
+    ) -> tuple[list[tuple[str, Tensor]], list[str]]:
         """One pass: the calls of the modules, and the blocks of the rows that can be put aside in their order."""
-        calls: list[_Call] = []
+        calls: list[tuple[str, Tensor]] = []
         outputs: list[tuple[str, Any]] = []
-        handles = []
-        for name in names:
-
-            def called(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                calls.append(_Call(name, _first_tensor(args, kwargs)))
-
-            handles.append(self.model.get_submodule(name).register_forward_pre_hook(called, with_kwargs=True))
-        for block in (block for row in rows.values() for block in row):
-
-            def answered(_: nn.Module, args: Any, output: Any, block: str = block) -> None:
-                outputs.append((block, output))
-
-            handles.append(self.model.get_submodule(block).register_forward_hook(answered))
-        try:
+        blocks_of_rows = [block for row in rows.values() for block in row]
+        with (
+            watching(self.model, names, fed=lambda name, x: calls.append((name, x))),
+            watching(self.model, blocks_of_rows, gives=lambda name, output: outputs.append((name, output))),
+        ):
             expected = run(self.model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
         order = [block for block, _ in outputs]
         for row, blocks in rows.items():
             in_order = [block for block in order if block in blocks] == blocks
@@ -228,26 +232,24 @@ class Blocks:
             for a, b in pairs
         )
 
-    def _plan(self, calls: list[_Call], names: set[str]) -> list[Stage]:
+    def _plan(self, calls: list[tuple[str, Tensor]]) -> list[Stage]:
         stages: list[Stage] = []
-        seen: set[str] = set()
-        previous: _Call | None = None
-        for call in calls:
-            if call.name in seen:
+        previous: Tensor | None = None
+        for name, x in calls:
+            if any(name in group for stage in stages for group in stage.groups):
                 continue
-            seen.add(call.name)
-            block = next((b for b in self.order if call.name == b or call.name.startswith(f"{b}.")), None)
+            block = next((b for b in self.order if name == b or name.startswith(f"{b}.")), None)
             if not stages or stages[-1].block != block:
                 while block is not None and (todo := self._blocks_before(block, stages)):
                     stages.append(Stage(todo[0]))
                 stages.append(Stage(block))
                 previous = None
-            same_input = previous is not None and previous.x is call.x
-            if same_input and not {call.name, stages[-1].groups[-1][-1]} & self.repeated:
-                stages[-1].groups[-1].append(call.name)
+            groups = stages[-1].groups
+            if previous is x and not {name, groups[-1][-1]} & self.repeated:
+                groups[-1].append(name)
             else:
-                stages[-1].groups.append([call.name])
-            previous = call
+                groups.append([name])
+            previous = x
         return stages
 
     def _blocks_before(self, block: str, stages: list[Stage]) -> list[str]:

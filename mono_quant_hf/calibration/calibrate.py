@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from mono_quant_hf.modules.base import stored_names
 
 from .blocks import Blocks, Inputs, Stage, block_pass, evaluating, inputs_of
 from .layouts import Layout, Moments, layout_of
-from .resume import Expected, ResumeFolder, fingerprint_of
+from .resume import Expected, claim_resume_folder, fingerprint_of, load_kept, save_kept
 
 
 @dataclass(frozen=True)
@@ -143,16 +143,18 @@ def balance(module: nn.Module, target: QuantizedModule) -> QuantizedModule:
     layout = layout_of(module)
     assert layout is not None
     matrix = layout.matrix(module.get_parameter("weight").detach())
-    _, scale, zero_point = quantize_to_codes(
-        matrix, target.quantization.symmetric, tuple(range(matrix.dim() - 1))
-    )
-    codes = round_balanced(matrix, scale, zero_point)
-    restored = (
-        None if tensor is None else layout.weight(tensor).contiguous()
-        for tensor in (codes, scale, zero_point)
-    )
-    _put(target, *restored)
+    _put(target, *_rounded(matrix, layout, target, round_balanced))
     return target
+
+
+def _rounded(
+    matrix: Tensor, layout: Layout, target: QuantizedModule, rounding: Callable[..., Tensor]
+) -> list[Tensor | None]:
+    """Codes, by `rounding(matrix, scale, zero_point)`, scale and zero-point for `_put`."""
+    axes = tuple(range(matrix.dim() - 1))
+    _, scale, zero_point = quantize_to_codes(matrix, target.quantization.symmetric, axes)
+    made = (rounding(matrix, scale, zero_point), scale, zero_point)
+    return [None if tensor is None else layout.weight(tensor).contiguous() for tensor in made]
 
 
 def _put(target: QuantizedModule, *tensors: Tensor | None) -> None:
@@ -232,7 +234,16 @@ class _Calibration:
             rounded: [{} for _ in batches] for rounded in (False, True)
         }
         self.fed: list[dict[str, list[Tensor]]] = []
-        self.folder = None if resume_folder is None else self._resumed(resume_folder)
+        self.folder = None
+        if resume_folder is not None:
+            how = {
+                name: (type(layer.target).__name__, layer.target.quantization.symmetric)
+                for name, layer in self.layers.items()
+            }
+            self.fingerprint = fingerprint_of(model, how, asdict(compensation), batches)
+            self.folder = claim_resume_folder(resume_folder, self.fingerprint)
+            tensors = [t for layer in self.layers.values() for t in layer.tensors().values()]
+            check_room(resume_folder, sum(t.nbytes for t in tensors), "The calibration")
 
     def go(self, progress: bool) -> list[str]:
         with evaluating(self.model), ExitStack() as stack:
@@ -254,7 +265,7 @@ class _Calibration:
     def _stage(self, number: int, stage: Stage, last: bool, bar: Any) -> None:
         active = [self.layers[name] for group in stage.groups for name in group]
         expected = {name: form for layer in active for name, form in layer.stored().items()}
-        stored = self.folder.load(_stage_file(number), expected) if self.folder else None
+        stored = load_kept(self._file(number), self.fingerprint, expected) if self.folder else None
         self.active = active
         self.fed, float_outputs = [], None
         if stage.block is not None and self.compensation.drift and not (last and stored):
@@ -271,9 +282,8 @@ class _Calibration:
                     layer.load(stored)
             bar.update()
         if self.folder and stored is None:
-            self.folder.save(
-                _stage_file(number), {name: t for a in active for name, t in a.tensors().items()}
-            )
+            tensors = {name: t for layer in active for name, t in layer.tensors().items()}
+            save_kept(self._file(number), self.fingerprint, tensors)
         if stage.block is None:
             self.outside += active
             return
@@ -299,26 +309,21 @@ class _Calibration:
         for layer in layers:
             layer.settle(*self._codes(layer, moments[layer.layout.key]))
 
-    def _codes(self, layer: _Layer, moments: Moments) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _codes(self, layer: _Layer, moments: Moments) -> list[Tensor | None]:
         matrix = layer.layout.matrix(layer.float_weight).float()
-        _, scale, zero_point = quantize_to_codes(
-            matrix, layer.target.quantization.symmetric, tuple(range(matrix.dim() - 1))
-        )
-        settings = self.compensation
+        grid, settings = matrix, self.compensation
         if moments.drift.dim():
             factor = factorized(damped(moments.hessian, settings.damping))
             # W + d W E[(x_float - x) xᵀ] H⁻¹ meets x as W meets x_float, as far as a linear layer can
             shift = torch.cholesky_solve((matrix @ moments.drift).mT, factor).mT
             matrix = matrix + settings.drift * shift
-        codes = round_compensated(
-            matrix, scale, zero_point, moments.hessian, damping=settings.damping, sweeps=settings.sweeps
-        )
-        restore = layer.layout.weight
-        return (
-            restore(codes).contiguous(),
-            restore(scale).contiguous(),
-            None if zero_point is None else restore(zero_point).contiguous(),
-        )
+
+        def compensated(_: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+            return round_compensated(
+                matrix, scale, zero_point, moments.hessian, damping=settings.damping, sweeps=settings.sweeps
+            )
+
+        return _rounded(grid, layer.layout, layer.target, compensated)
 
     def _inputs(self, name: str, index: int, rounded: bool) -> list[Tensor]:
         self._use(rounded)
@@ -353,22 +358,6 @@ class _Calibration:
         for layer in (*self.outside, *self.active):
             layer.use(rounded)
 
-    def _resumed(self, folder: str | os.PathLike[str]) -> ResumeFolder:
-        """The folder of this very calibration: the model, how it is rounded, and every sample."""
-        targets = {
-            name: (type(layer.target).__name__, layer.target.quantization.symmetric)
-            for name, layer in self.layers.items()
-        }
-        resumed = ResumeFolder(
-            folder, fingerprint_of(self.model, targets, asdict(self.compensation), self.batches)
-        )
-        check_room(folder, sum(_size(layer.stored()) for layer in self.layers.values()), "The calibration")
-        return resumed
-
-
-def _stage_file(number: int) -> str:
-    return f"stage-{number:04d}.safetensors"
-
-
-def _size(expected: Expected) -> int:
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in expected.values())
+    def _file(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"stage-{number:04d}.safetensors"

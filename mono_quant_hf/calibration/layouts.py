@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,52 +13,39 @@ from transformers.pytorch_utils import Conv1D
 _UNFOLDED_ELEMENTS = 2**25
 
 
-class Layout(Protocol):
-    """How the weight and the inputs of one layer become matrices."""
+class Layout:
+    """How the weight and the inputs of one layer become matrices: of a linear layer, whose weight may be transposed.
 
-    @property
-    def key(self) -> Hashable:
-        """Equal for layers that make the same matrix of the same input."""
+    Attributes:
+        key: equal for layers that make the same matrix of the same input.
+    """
+
+    key: Hashable = "linear"
+
+    def __init__(self, transposed: bool = False):
+        self.transposed = transposed
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as `[..., channels, inputs]`."""
-
-    def weight(self, matrix: Tensor) -> Tensor:
-        """Back from `matrix`, also for scales, whose last dimension is 1."""
-
-    def columns(self, x: Tensor) -> Iterator[Tensor]:
-        """What the layer is fed as pieces of `[..., inputs, columns]` in float32."""
-
-
-class _Linear:
-    def __init__(self, transposed: bool):
-        self.transposed = transposed
-        self.key: Hashable = "linear"
-
-    def matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
 
     def weight(self, matrix: Tensor) -> Tensor:
+        """Back from `matrix`, also for scales, whose last dimension is 1."""
         return matrix.t().contiguous() if self.transposed else matrix
 
     def columns(self, x: Tensor) -> Iterator[Tensor]:
+        """What the layer is fed as pieces of `[..., inputs, columns]` in float32."""
         yield x.reshape(-1, x.shape[-1]).float().t()
 
 
-class _Convolution:
+class _Convolution(Layout):
     """One and two dimensions; the groups are a leading dimension of the matrices."""
 
     def __init__(self, module: nn.Conv1d | nn.Conv2d):
-        self.module = module
-        self.groups = module.groups
-        self.key: Hashable = (
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-            module.padding_mode,
-        )
+        super().__init__()
+        self.module, self.groups = module, module.groups
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        self.key = tuple(getattr(module, name) for name in names)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
@@ -91,9 +77,9 @@ class _Convolution:
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a layer; None for one that is no plain matrix product (its forward is not looked at)."""
     if isinstance(module, nn.Linear):
-        return _Linear(transposed=False)
+        return Layout()
     if isinstance(module, Conv1D):
-        return _Linear(transposed=True)
+        return Layout(transposed=True)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return _Convolution(module)
     return None

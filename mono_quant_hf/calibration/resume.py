@@ -73,33 +73,19 @@ def _add(digest: Any, part: Any) -> None:
         digest.update(pickle.dumps(part))
 
 
-class ResumeFolder:
-    """A folder of safetensors files, each of which says what it belongs to and what its tensors hash to.
-
-    Args:
-        folder: made when something is saved; must hold nothing but what an earlier calibration left.
-        fingerprint: of all that the tensors depend on.
+def claim_resume_folder(folder: str | os.PathLike[str], fingerprint: str) -> Path:
+    """The folder, made if it is missing, of the calibration with this fingerprint of all that its tensors depend on.
 
     Raises:
-        ValueError: it is no such folder, its manifest is damaged, or speaks of another fingerprint.
+        ValueError: as `check_resume_folder`, or its manifest speaks of another fingerprint.
     """
-
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: str):
-        self.folder, self.fingerprint = Path(folder), fingerprint
-        recorded = check_resume_folder(folder)
-        if recorded not in (None, fingerprint):
-            raise ValueError(f"{folder} holds the calibration {_OF_ANOTHER}")
-        if recorded is None:
-            with file_written_aside(self.folder / MANIFEST) as new:
-                new.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
-
-    def load(self, name: str, expected: Expected) -> dict[str, Tensor] | None:
-        """As `load_kept`, by the name of the file."""
-        return load_kept(self.folder / name, self.fingerprint, expected)
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """As `save_kept`, by the name of the file."""
-        save_kept(self.folder / name, self.fingerprint, tensors)
+    recorded = check_resume_folder(folder)
+    if recorded not in (None, fingerprint):
+        raise ValueError(f"{folder} holds the calibration {_OF_ANOTHER}")
+    if recorded is None:
+        with file_written_aside(Path(folder) / MANIFEST) as new:
+            new.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+    return Path(folder)
 
 
 def check_resume_folder(folder: str | os.PathLike[str]) -> str | None:
