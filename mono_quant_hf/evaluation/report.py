@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from mono_quant_hf.evaluation.module_report import ESTIMATED, MEASURED, ModuleReport, module_reports
 from mono_quant_hf.evaluation.plots import draw_modules, save_png, svg_of
-from mono_quant_hf.evaluation.results import Result, aligned, jsonable
+from mono_quant_hf.evaluation.results import Result, aligned
 from mono_quant_hf.evaluation.sensitivity import OutputChange, batches_of, output_sqnr
 from mono_quant_hf.files import file_written_aside
 from mono_quant_hf.modules import QuantizedModule
@@ -81,10 +81,7 @@ class QuantizationReport(Result):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {
-            "modules": [jsonable(dataclasses.asdict(module)) for module in self.modules],
-            "sqnr_source": self.sqnr_source,
-        }
+        return super().to_dict() | {"sqnr_source": self.sqnr_source}
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()`."""

@@ -12,6 +12,8 @@ def jsonable(value: Any) -> Any:
     depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
     if isinstance(value, dict):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -26,8 +28,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, ready for `json.dumps`; nan and inf become None."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return {field.name: jsonable(getattr(self, field.name)) for field in fields}
+        made: dict[str, Any] = jsonable(vars(self))
+        return made
 
 
 def safe_exp(value: float) -> float:

@@ -61,11 +61,14 @@ def score(model: nn.Module, passages: Iterable[Passage], batch_size: int) -> Ite
     (`logits_to_keep`).
     """
     parameters = inspect.signature(model.forward).parameters
-    device, pad = input_device(model), _padding_id(model)
+    device = input_device(model)
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     remaining = iter(passages)
     while batch := list(islice(remaining, batch_size)):
         rows = [passage.input_ids for passage in batch]
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        input_ids = pad_sequence(
+            rows, batch_first=True, padding_value=pad if isinstance(pad, int) and pad >= 0 else 0
+        )
         length = input_ids.shape[1]
         skipped = min(int(passage.positions[0]) for passage in batch)
         arguments: dict[str, Any] = {
@@ -90,11 +93,6 @@ def score(model: nn.Module, passages: Iterable[Passage], batch_size: int) -> Ite
         offset = length - logits.shape[1]
         for row, passage in enumerate(batch):
             yield passage, logits[row, (passage.positions - offset).to(logits.device)]
-
-
-def _padding_id(model: nn.Module) -> int:
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    return pad if isinstance(pad, int) and pad >= 0 else 0
 
 
 def row_chunks(logits: Tensor) -> Sequence[slice]:

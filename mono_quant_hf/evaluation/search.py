@@ -66,9 +66,6 @@ class SearchResult(Result):
     chosen: int
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"frontier": [vars(point) for point in self.frontier]}
-
     def table(self, rows: int = 20) -> str:
         """The frontier as aligned text, thinned to about `rows` lines; `>` marks the chosen one."""
         step = max(1, math.ceil(len(self.frontier) / rows))
