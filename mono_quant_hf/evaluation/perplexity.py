@@ -133,7 +133,7 @@ def _shared_losses(
         )
     with PartialState().split_between_processes(passages) as own:
         parts: list[torch.Tensor] = gather_object(_losses(model, own, batch_size, progress))
-    # where there are fewer passages than processes, those left over are given the last one again
+    # older accelerate gives the last one again to processes that are left over where there are few
     return parts[: len(passages)]
 
 

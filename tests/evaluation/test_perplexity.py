@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import datasets
 import pytest
@@ -286,3 +290,36 @@ def test_models_that_perplexity_is_not_defined_for(bert, tokenizer, text):
 def test_the_tokenizer_of_another_model_is_told(tokenizer, text):
     with pytest.raises(ValueError, match="the model embeds 10 tokens"):
         perplexity(make_llama(vocabulary=10), tokenizer, text, progress=False)
+
+
+SHARED = """
+from accelerate import PartialState
+from mono_quant_hf.evaluation import perplexity
+from tests.evaluation.conftest import TEXT, make_llama, make_tokenizer
+
+PartialState(cpu=True)
+for max_tokens in (5, 60):  # one window, which is fewer than processes, and three
+    alone, shared = (
+        perplexity(make_llama(), make_tokenizer(), TEXT, window=32, stride=16, max_tokens=max_tokens,
+                   progress=False, split_between_processes=split)
+        for split in (False, True)
+    )
+    assert (shared.nll, shared.tokens, shared.windows) == (alone.nll, alone.tokens, alone.windows)
+    print("SAME", shared.windows)
+"""
+
+
+def test_processes_share_windows_and_give_what_one_gives(tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [*command, str(tmp_path / "shared.py")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("SAME 1\n") == 2 and run.stdout.count("SAME 3\n") == 2
+
+
+def test_sharing_windows_needs_processes(llama, tokenizer, text):
+    with pytest.raises(ValueError, match=r"needs torch\.distributed: start the program with torchrun"):
+        perplexity(llama, tokenizer, text, progress=False, split_between_processes=True)
