@@ -21,8 +21,8 @@ from mono_quant_hf.evaluation.results import Result, jsonable
 from mono_quant_hf.evaluation.sensitivity import contributions, decibels_of, output_sqnr
 from mono_quant_hf.files import file_written_aside
 from mono_quant_hf.integration import Decision
-from mono_quant_hf.integration.checkpoint import opener, read_headers
 from mono_quant_hf.modules import QuantizedModule
+from mono_quant_hf.weight_files import opener, read_headers
 
 MEASURED = "float weights"
 ESTIMATED = "estimated from the grid"
@@ -339,7 +339,7 @@ def _weights_of(reference: nn.Module | str | os.PathLike[str] | None) -> Iterato
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     if not files or not files[0].is_file():
         raise ValueError(f"{folder} holds no safetensors files: give the folder of the float checkpoint.")
-    stored, opened = read_headers([str(file) for file in files]), opener()
+    stored, opened = read_headers(files), opener()
     heads = {key.split(".")[0] for key in stored}
 
     def read(name: str) -> Tensor | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from mono_quant_hf.config import FIELDS, MonoQuantConfig
 from mono_quant_hf.integration.selection import Decision, quantized_share
 from mono_quant_hf.integration.tags import tags_of
 
+from .checkpoint import HUB_ID, CheckpointFacts, read_facts
 from .errors import HubError
-from .facts import CheckpointFacts, read_facts
+from .evaluation import Evaluation
 from .markdown import code_span, fenced, phrase, picture
-from .measurements import Evaluation
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -32,8 +31,6 @@ END = "<!-- mono_quant_hf: end -->"
 PLOTS_FOLDER = "plots"
 CARRIED_OVER = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 """Metadata of the original's card that hold for the quantized model too."""
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def model_card(
@@ -126,14 +123,9 @@ def load_card(where: str | os.PathLike[str], token: str | bool | None = None) ->
             file = Path(where) / "README.md"
             return ModelCard.load(file, ignore_metadata_errors=True) if file.is_file() else None
         name = str(where)
-        return ModelCard.load(name, token=token) if _HUB_ID.fullmatch(name) else None  # type: ignore[arg-type]
+        return ModelCard.load(name, token=token) if HUB_ID.fullmatch(name) else None  # type: ignore[arg-type]
     except (HfHubHTTPError, OSError, ValueError):
         return None  # no card, no repo, no network, or none that can be read: there is nothing to carry over
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be that of a model on the Hub and is no folder here."""
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def _data(card: ModelCard | None) -> dict[str, Any]:
@@ -166,7 +158,7 @@ def _words(facts: CheckpointFacts, folder: str | os.PathLike[str], base: Any) ->
     """What the template says of a checkpoint."""
     from mono_quant_hf import __version__
 
-    bases = [f"[{one}](/{one})" if _HUB_ID.fullmatch(one) else phrase(one) for one in _names(base)]
+    bases = [f"[{one}](/{one})" if HUB_ID.fullmatch(one) else phrase(one) for one in _names(base)]
     origin = ", ".join(bases) or facts.architecture
     config = facts.config
     scheme = "float16 weights"

@@ -25,18 +25,26 @@ from mono_quant_hf.calibration.samples import reads_text
 from mono_quant_hf.config import FIELDS, QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.files import check_room, scratch_folder
 from mono_quant_hf.integration import quantize_model
-from mono_quant_hf.integration.checkpoint import read_headers
 from mono_quant_hf.integration.selection import aliases_of, decide
 from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules.base import STORAGE_DTYPES
+from mono_quant_hf.weight_files import read_headers, weight_files
 
-from .card import is_hub_id, load_card, model_card
+from .card import load_card, model_card
+from .checkpoint import (
+    gguf_model,
+    is_hub_id,
+    local_folder,
+    making,
+    model_of,
+    processor_of,
+    quantization_of,
+    skeleton_of,
+)
 from .errors import HubError
-from .export_bitsandbytes import ROW_MAJOR
-from .export_compressed_tensors import unpack
-from .folders import check_destination, copy_companions, weight_files, written_beside
-from .opening import gguf_model, making, model_of, processor_of, quantization_of, skeleton_of
-from .sources import local_folder
+from .export.bitsandbytes import ROW_MAJOR
+from .export.compressed_tensors import unpack
+from .folders import check_destination, copy_companions, written_beside
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -263,7 +271,7 @@ def _codes_fit(folder: Path, settings: dict[str, Any]) -> bool:
             or weights.get("actorder")
         ):
             return False
-    stored = read_headers([str(file) for file in weight_files(folder)])
+    stored = read_headers(weight_files(folder))
     scales = {name: tensor for name, tensor in stored.items() if name.endswith(".weight_scale")}
     return bool(scales) and all(
         len(tensor.shape) < 2 or (len(tensor.shape) == 2 and tensor.shape[1] == 1)
@@ -336,7 +344,7 @@ def _dequantize_compressed(folder: Path, scratch: Path, dtype: Any) -> None:
 
 
 def _take_bitsandbytes(folder: Path, settings: dict[str, Any], new: Path) -> MonoQuantConfig:
-    stored = read_headers([str(file) for file in weight_files(folder)])
+    stored = read_headers(weight_files(folder))
     skeleton = skeleton_of(folder)
     aliases = aliases_of(skeleton)
     transposed = {
@@ -374,7 +382,7 @@ def _take_bitsandbytes(folder: Path, settings: dict[str, Any], new: Path) -> Mon
 def _convert_files(folder: Path, new: Path, convert: Callable[[str, Load], dict[str, Tensor]]) -> None:
     """Write every weight file anew, one in memory at a time, with what `convert` makes of each tensor's name."""
     files = weight_files(folder)
-    where = {name: tensor.file for name, tensor in read_headers([str(file) for file in files]).items()}
+    where = {name: tensor.file for name, tensor in read_headers(files).items()}
 
     def load(name: str) -> Tensor:
         if name not in where:

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 from mono_quant_hf.files import scratch_folder
 from mono_quant_hf.modules import QuantizedModule
 
-from .card import PLOTS_FOLDER, is_hub_id, load_card, model_card
+from .card import PLOTS_FOLDER, load_card, model_card
+from .checkpoint import is_hub_id, read_facts
 from .errors import HTTPError, HubError
-from .facts import read_facts
 from .folders import is_inside
 
 OURS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")

@@ -168,7 +168,7 @@ def test_files_and_index(copy):
     shutil.copy(shards[0], folder / "model.safetensors")
     shards[1].unlink()
     messages = " ".join(flaw.message for flaw in verify_checkpoint(folder).flaws)
-    assert f"lacks {shards[1].name}" in messages and "model.safetensors belongs to no index" in messages
+    assert f"{shards[1].name} is missing" in messages and "model.safetensors belongs to no index" in messages
     (folder / "model.safetensors.index.json").write_text("{")
     assert any("index.json is no valid JSON" in flaw.message for flaw in verify_checkpoint(folder).flaws)
 

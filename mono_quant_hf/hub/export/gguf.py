@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mono_quant_hf.files import file_written_aside
+from mono_quant_hf.hub.checkpoint import making
+from mono_quant_hf.hub.errors import HubError
+from mono_quant_hf.hub.folders import check_not_read
 from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules import QuantizedLinear, QuantizedModule
+from mono_quant_hf.versions import require
 
-from .errors import HubError
-from .exporting import load_quantized
-from .folders import check_not_read
-from .opening import making
+from .exporter import Exporter
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -48,95 +49,58 @@ class _Entry:
     kind: str | None = None
 
 
-def export_gguf(
-    model: PreTrainedModel | str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    *,
-    tokenizer: Any = None,
-    overwrite: bool = False,
-) -> None:
-    """Write a language model quantized by mono_quant_hf as a GGUF file that llama.cpp and transformers load.
+class GgufExporter(Exporter):
+    """Writes one file; the tokenizer too, if it is a byte-level BPE, as of Llama 3, Qwen and SmolLM."""
 
-    Symmetric int8 Linears become Q8_0 with the same codes. With zero-points, for which Q8_0 has no place, they are
-    rounded once more, with a notice. All else is float.
+    def check_destination(self) -> None:
+        gguf = require("gguf", "gguf", "Writing GGUF")
+        target = Path(self.destination)
+        if target.suffix != ".gguf":
+            raise HubError(f"{target} is no name for a GGUF file; give one that ends in .gguf.")
+        check_not_read(target, self.model)
+        if os.path.lexists(target) and not self.overwrite:
+            raise HubError(
+                f"{target} is there already; name a new file, or allow it to be replaced (--overwrite)."
+            )
+        if os.path.lexists(target) and not _is_ours(target, gguf):
+            raise HubError(
+                f"{target} is no GGUF file that mono_quant_hf wrote, and is not replaced; name another, or remove it "
+                "yourself."
+            )
 
-    Args:
-        model: the model, or its folder or name on the Hub.
-        destination: a file that ends in .gguf, written whole or not at all.
-        tokenizer: written into the file if it is a byte-level BPE, as of Llama 3, Qwen and SmolLM; that of the
-            model's folder if None.
-        overwrite: replace a GGUF file that this package wrote.
-
-    Raises:
-        HubError: the model is not quantized by mono_quant_hf, is of another architecture or has rotary embeddings
-            that cannot be written; the destination is taken; or the package gguf is missing.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from mono_quant_hf import MonoQuantConfig, quantize_model
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        ...                      num_attention_heads=1)
-        >>> model = quantize_model(LlamaForCausalLM(config), MonoQuantConfig(symmetric=True))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     export_gguf(model, f"{folder}/model.gguf")
-        ...     Path(folder, "model.gguf").read_bytes()[:4]
-        b'GGUF'
-    """
-    try:
-        import gguf
-    except ImportError as problem:
-        raise HubError("Writing GGUF needs the package gguf: pip install 'mono-quant-hf[gguf]'.") from problem
-
-    target = Path(destination)
-    if target.suffix != ".gguf":
-        raise HubError(f"{target} is no name for a GGUF file; give one that ends in .gguf.")
-    check_not_read(target, model)
-    if os.path.lexists(target) and not overwrite:
-        raise HubError(
-            f"{target} is there already; name a new file, or allow it to be replaced (--overwrite)."
-        )
-    if os.path.lexists(target) and not _is_ours(target, gguf):
-        raise HubError(
-            f"{target} is no GGUF file that mono_quant_hf wrote, and is not replaced; name another, or remove it "
-            "yourself."
-        )
-    source: Path | None = None
-    if not isinstance(model, PreTrainedModel):
-        model, source = load_quantized(model)
-    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
-        raise HubError(f"{type(model).__name__} is not quantized by mono_quant_hf; quantize it first.")
-    name = ARCHITECTURES.get(model.config.model_type)
-    if name is None or not type(model).__name__.endswith("ForCausalLM"):
-        known = ", ".join(ARCHITECTURES)
-        raise HubError(
-            f"{type(model).__name__} cannot be written as GGUF; causal models of type {known} can."
-        )
-    rope: Any = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise HubError(
-            f"The model has rotary embeddings of type {rope['rope_type']!r}, which this export cannot write; "
-            "export to compressed-tensors instead."
-        )
-    architecture = gguf.MODEL_ARCH[name]
-
-    strange = making(source, "its files hold what cannot be written as GGUF") if source else nullcontext()
-    with strange, file_written_aside(target) as file:
-        writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
-        _add_config(writer, model.config, rope, target.stem, gguf)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(file.parent / "tokenizer")
-            _add_tokenizer(writer, file.parent / "tokenizer", model.config, gguf)
-        elif source is not None:
-            _add_tokenizer(writer, source, model.config, gguf)
-        else:
-            writer.add_tokenizer_model("none")
-        _add_tensors(writer, model, architecture, name in _ROTATED_IN_PAIRS, gguf)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    def write(self) -> None:
+        gguf, config = require("gguf", "gguf", "Writing GGUF"), self.model.config
+        name = ARCHITECTURES.get(config.model_type)
+        if name is None or not type(self.model).__name__.endswith("ForCausalLM"):
+            raise HubError(
+                f"{type(self.model).__name__} cannot be written as GGUF; causal models of type "
+                f"{', '.join(ARCHITECTURES)} can."
+            )
+        rope: Any = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") != "default":
+            raise HubError(
+                f"The model has rotary embeddings of type {rope['rope_type']!r}, which this export cannot write; "
+                "export to compressed-tensors instead."
+            )
+        architecture = gguf.MODEL_ARCH[name]
+        what = "its files hold what cannot be written as GGUF"
+        strange = making(self.source, what) if self.source else nullcontext()
+        with strange, file_written_aside(self.destination) as file:
+            writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
+            _add_config(writer, config, rope, Path(self.destination).stem, gguf)
+            tokenizer = self.source
+            if self.tokenizer is not None:
+                tokenizer = file.parent / "tokenizer"
+                self.tokenizer.save_pretrained(tokenizer)
+            if tokenizer is None:
+                writer.add_tokenizer_model("none")
+            else:
+                _add_tokenizer(writer, tokenizer, config, gguf)
+            _add_tensors(writer, self.model, architecture, name in _ROTATED_IN_PAIRS, gguf)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
 
 
 def _is_ours(file: Path, gguf: Any) -> bool:
@@ -179,8 +143,6 @@ def _add_tensors(writer: Any, model: PreTrainedModel, architecture: Any, permute
     for key, tensor in model.state_dict().items():
         owner, _, parameter = key.rpartition(".")
         module = modules[owner]
-        if tensor.is_meta:
-            raise HubError("The model is offloaded; load it without a device_map to export it.")
         if key in tied or key.endswith("rotary_emb.inv_freq"):
             continue
         if isinstance(module, QuantizedModule) and parameter != "bias":
