@@ -17,10 +17,8 @@ from huggingface_hub import (
     hf_hub_download,
 )
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from transformers import PreTrainedModel
 
@@ -159,8 +157,11 @@ def _push(
         repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = _files_there(api, repo_id, revision)
-        existing = _existing_card(repo_id, revision, token) if "README.md" in there else None
+        there = set(api.list_repo_files(repo_id, revision=revision))
+        existing = None
+        if "README.md" in there:  # by name and revision: ModelCard.load knows only the main branch
+            file = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
+            existing = ModelCard.load(Path(file), ignore_metadata_errors=True)
         original = load_card(source, token) if source else None
         local = load_card(folder)
         about: Any = {key: options[key] for key in CardOptions.__annotations__ if key in options}  # type: ignore[literal-required]
@@ -195,22 +196,6 @@ def _base_model(source: str, original: ModelCard | None, local: ModelCard | None
             base = data.get("base_model")
             return base[0] if isinstance(base, list) and base else base
     return source if source and is_hub_id(source) else None
-
-
-def _files_there(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
-    try:
-        return set(api.list_repo_files(repo_id, revision=revision))
-    except RevisionNotFoundError:
-        return set()
-
-
-def _existing_card(repo_id: str, revision: str | None, token: str | bool | None) -> ModelCard | None:
-    # Downloaded by name and revision: ModelCard.load knows only the main branch.
-    try:
-        file = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
-    except EntryNotFoundError:
-        return None
-    return ModelCard.load(Path(file), ignore_metadata_errors=True)
 
 
 def _operations(folder: Path, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
