@@ -55,7 +55,7 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTen
         ValueError: a file is missing, truncated or no safetensors file, or a tensor is in two files; names the file.
     """
     stored: dict[str, StoredTensor] = {}
-    for file in map(os.fspath, files):
+    for file in map(str, files):
         if not file.endswith(".safetensors"):
             raise ValueError(
                 f"{file} is no safetensors file; a mono_quant checkpoint is saved as safetensors only."

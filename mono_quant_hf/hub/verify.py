@@ -30,7 +30,7 @@ from mono_quant_hf.integration.checkpoint import (
 from mono_quant_hf.integration.conversions import checkpoint_of
 from mono_quant_hf.integration.expected import expected_tensors
 from mono_quant_hf.integration.fingerprints import flaws_by_fingerprint
-from mono_quant_hf.integration.selection import aliases_of, decide_recorded
+from mono_quant_hf.integration.selection import Decision, aliases_of, decide_recorded
 from mono_quant_hf.json_files import read_index
 from mono_quant_hf.modules.base import DTYPE_NAME
 from mono_quant_hf.texts import one_line
@@ -271,10 +271,10 @@ class _Verifying:
     def _tensors(self, config: MonoQuantConfig) -> None:
         checkpoint = checkpoint_of(self.model, self.stored)
         planned = decide_recorded(self.model, config)
-        decisions = None
+        decisions: list[Decision] = []
         with self.told(self.config_file):
             decisions = decide_by_checkpoint(self.model, planned, config, checkpoint)
-        if decisions is None:
+        if not decisions:
             return
         other = [a.module for b, a in zip(planned, decisions, strict=True) if b.weights != a.weights]
         if other:
