@@ -78,10 +78,10 @@ class MonoQuantVllmConfig(QuantizationConfig):
 
         Raises:
             HubError: it is neither, or cannot be downloaded.
-            ValueError: a file is damaged, or not what was saved with the config.
+            FileNotFoundError, ValueError: a file is missing, damaged, or not what was saved with the config.
         """
         folder = local_folder(model_name, revision)
-        files = tuple(str(file) for file in weight_files(folder))
+        files = tuple(map(str, weight_files(folder)))
         headers = read_headers(files)
         self.stored = {name: name for name in headers}
         self.shapes = {name: tensor.shape for name, tensor in headers.items()}

@@ -31,6 +31,7 @@ END = "<!-- mono_quant_hf: end -->"
 PLOTS_FOLDER = "plots"
 CARRIED_OVER = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 """Metadata of the original's card that hold for the quantized model too."""
+_IN_TEMPLATE: dict[str, Any] = {"start": START, "end": END, "phrase": phrase, "fenced": fenced}
 
 
 class CardOptions(TypedDict, total=False):
@@ -99,24 +100,22 @@ def model_card(
     results = [result for one in evaluations for result in one.eval_results(data["pipeline_tag"])]
     if results:
         data |= {"eval_results": results, "model_name": title}
-    plots = [Path(plot) for plot in options.get("plots") or ()]
+    words = _words(facts, Path(folder), data.get("base_model")) | {
+        "title": phrase(title),
+        "repo_id": json.dumps(repo_id),
+        "plots": [_plot(Path(plot)) for plot in options.get("plots") or ()],
+        "notes": options.get("notes"),
+    }
     fresh = ModelCard.from_template(
-        ModelCardData(**data),
-        template_path=str(TEMPLATE),
-        title=phrase(title),
-        start=START,
-        end=END,
-        repo_id=json.dumps(repo_id),
-        plots=[picture(plot.stem.replace("_", " "), f"{PLOTS_FOLDER}/{plot.name}") for plot in plots],
-        phrase=phrase,
-        fenced=fenced,
-        evaluations=evaluations,
-        notes=options.get("notes"),
-        **_words(facts, Path(folder), data.get("base_model")),
+        ModelCardData(**data), str(TEMPLATE), evaluations=evaluations, **_IN_TEMPLATE, **words
     )
     card = fresh if existing is None else _extended(existing, fresh)
     check_card(card)
     return card
+
+
+def _plot(file: Path) -> str:
+    return picture(file.stem.replace("_", " "), f"{PLOTS_FOLDER}/{file.name}")
 
 
 def check_options(function: str, given: Mapping[str, Any], known: Any) -> None:

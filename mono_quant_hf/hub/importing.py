@@ -70,8 +70,7 @@ def quantize_checkpoint(
         source: folder or Hub name of a float model, or of an int8 one of compressed-tensors or bitsandbytes; or a
             GGUF file.
         destination: a folder, written whole or not at all.
-        config: how to quantize; `MonoQuantConfig()` if None. int8 codes that are taken over stay as they are, so that
-            only the default is allowed then.
+        config: how to quantize; `MonoQuantConfig()` if None, as it has to be where int8 codes are taken over.
         revision: of a source on the Hub.
         dtype: of what is left in float, `"auto"` for that of the checkpoint.
         overwrite: replace a checkpoint that this package wrote.
@@ -86,15 +85,13 @@ def quantize_checkpoint(
         HubError: the source is quantized by mono_quant_hf already or in a way that cannot be read, or the
             destination is taken.
         TypeError: options of calibration without it.
-        OSError: the disk has too little room.
-        ImportError: what reads the format is missing.
-        HubError, ValueError: a file of the source is damaged; the message names it.
+        OSError, ImportError: the disk has too little room; what reads the format is missing.
+        HubError, ValueError: a file of the source is damaged.
 
     Example:
         >>> import tempfile
         >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
-        ...                     intermediate_size=32)
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     BertModel(config).save_pretrained(f"{folder}/float")
         ...     quantize_checkpoint(f"{folder}/float", f"{folder}/int8")
@@ -106,8 +103,8 @@ def quantize_checkpoint(
     check_destination(destination, overwrite, source)
     if options and calibration is None:
         raise TypeError(f"{next(iter(options))} is for calibration; give calibration= too, or leave it out.")
-    work = _Import(source, config or MonoQuantConfig(), dtype, max_shard_size, calibration, options)
     folder = Path(source) if str(source).endswith(".gguf") else local_folder(source, revision)
+    work = _Import(source, config or MonoQuantConfig(), dtype, max_shard_size, calibration, options)
     write, done = work.way(folder)
     with written_beside(destination, overwrite, source) as new, scratch_folder(new.parent) as scratch:
         add_companions(source, write(folder, new, scratch), new, destination)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -87,8 +88,7 @@ def push_to_hub(
     Example:
         >>> from transformers import BertConfig, BertModel
         >>> from mono_quant_hf import push_to_hub, quantize_model
-        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
-        ...                     intermediate_size=32)
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32)
         >>> model = BertModel(config)
         >>> push_to_hub(model, "me/bert-int8")
         Traceback (most recent call last):
@@ -108,12 +108,16 @@ def push_to_hub(
                 companion.save_pretrained(folder)
         # A mistake shows before anything is asked of the Hub.
         read_facts(folder if source is not None else Path(str(model)))
-        for plot in options.get("plots") or ():
-            if not Path(plot).is_file():
-                raise HubError(f"The plot {plot} is no file; name an image, or leave it out.")
-            (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(plot, folder / PLOTS_FOLDER / Path(plot).name)
+        _add_plots(options.get("plots") or (), folder)
         return _push(folder, repo_id, source or "", token, options)
+
+
+def _add_plots(plots: Iterable[str | os.PathLike[str]], folder: Path) -> None:
+    for plot in map(Path, plots):
+        if not plot.is_file():
+            raise HubError(f"The plot {plot} is no file; name an image, or leave it out.")
+        (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(plot, folder / PLOTS_FOLDER / plot.name)
 
 
 def _link(source: Path, folder: Path) -> None:

@@ -23,7 +23,6 @@ from mono_quant_hf.integration.checkpoint import (
     Flaw,
     FlawedCheckpoint,
     decide_by_checkpoint,
-    flaws_of_scale,
     flaws_of_stored_tensors,
     stems_of_codes,
 )
@@ -334,10 +333,6 @@ class _Verifying:
     def _values(self) -> None:
         odd = []
         for stem in stems_of_codes(self.stored):
-            key = f"{stem}_scale"
-            if key in self.stored and self.stored[key].dtype == "F32":
-                for flaw in flaws_of_scale(key, self.stored[key].file, self.opened):
-                    self.add(flaw)
             if f"{stem}_zero_point" not in self.stored and int(self._load(f"{stem}_int8").min()) == -128:
                 odd.append(stem)
         if odd:

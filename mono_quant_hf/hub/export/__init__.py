@@ -54,10 +54,8 @@ def export(
             is the batch, and stays free; so does the second of integers, the length.
 
     Raises:
-        HubError: the format is unknown, the destination is taken, or the model is not quantized by mono_quant_hf or
-            cannot be written in the format: stacked experts as compressed-tensors, zero-points as bitsandbytes, other
-            architectures or scaled rotary embeddings as GGUF, unknown inputs or what torch cannot export as ONNX; in
-            the first two, where no Linear is int8.
+        HubError: the format is unknown, the destination is taken, the model is not quantized by mono_quant_hf, or the
+            format has no place for it: the message says what, and what to do.
         ImportError: what writes GGUF or ONNX is missing.
 
     Example:
@@ -65,8 +63,7 @@ def export(
         >>> from pathlib import Path
         >>> from transformers import BertConfig, BertModel
         >>> from mono_quant_hf import MonoQuantConfig, quantize_model
-        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
-        ...                     intermediate_size=32)
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32)
         >>> model = quantize_model(BertModel(config), MonoQuantConfig(symmetric=True))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export(model, f"{folder}/exported", "compressed-tensors")
