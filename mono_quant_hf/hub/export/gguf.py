@@ -6,6 +6,7 @@ that costs is at most 2^-11 of a weight, a small part of the half step that roun
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -102,7 +103,13 @@ class GgufExporter(Exporter):
             self._add_tensors(writer, name)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            try:
+                writer.write_tensors_to_file()
+            except OSError as problem:
+                if problem.errno is not None:
+                    raise
+                # NumPy's, which does not say why a write was cut short
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {problem}", str(file)) from problem
             writer.close()
 
     def _add_config(self, writer: Any, config: Any, rope: dict[str, Any]) -> None:
