@@ -9,7 +9,7 @@ vLLM reads symmetric codes, so that is how the model is quantized; it is not nee
 import argparse
 
 from mono_quant_hf import MonoQuantConfig
-from mono_quant_hf.hub import export_compressed_tensors, quantize_checkpoint
+from mono_quant_hf.hub import export, quantize_checkpoint
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     quantize_checkpoint(arguments.model, arguments.quantized, MonoQuantConfig(symmetric=True))
-    export_compressed_tensors(arguments.quantized, arguments.exported)
+    export(arguments.quantized, arguments.exported, "compressed-tensors")
     print(f"{arguments.exported}: ready for `vllm serve {arguments.exported}`")
 
 

@@ -25,7 +25,7 @@ from mono_quant_hf.cli.main import main as command_line  # noqa: E402
 from mono_quant_hf.evaluation import compare_classifiers, quantization_report  # noqa: E402
 from mono_quant_hf.hub import Evaluation, model_card, quantize_checkpoint  # noqa: E402
 from mono_quant_hf.hub.card import load_card  # noqa: E402
-from mono_quant_hf.hub.exporting import load_quantized  # noqa: E402
+from mono_quant_hf.hub.checkpoint import quantized_model_of  # noqa: E402
 from tests import real_models  # noqa: E402
 
 
@@ -60,7 +60,7 @@ def on_photographs(source: Path, quantized: Path, name: str) -> Evaluation:
     """The logits of six photographs."""
     pixels = {"pixel_values": real_models.photographs()}
     reference = AutoModelForImageClassification.from_pretrained(source).eval()
-    result = compare_classifiers(reference, load_quantized(quantized)[0].eval(), pixels)
+    result = compare_classifiers(reference, quantized_model_of(quantized)[0].eval(), pixels)
     return Evaluation(
         [result],
         dataset="six photographs of scikit-image",
@@ -105,7 +105,7 @@ def make(subject: Subject) -> Path:
         evaluation = subject.evaluate(source, quantized, subject.name)
         plot = HERE / "plots" / f"{title}.png"
         plot.parent.mkdir(exist_ok=True)
-        quantization_report(load_quantized(quantized)[0], source).to_png(plot)
+        quantization_report(quantized_model_of(quantized)[0], source).to_png(plot)
         card = model_card(
             quantized,
             title,

@@ -5,8 +5,10 @@ What is older than its metadata asks for is refused; what is newer than tested i
 
 from __future__ import annotations
 
+import importlib
 import logging
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -56,3 +58,27 @@ def check_versions(requirements: list[str] | None = None) -> None:
                 f"mono_quant_hf was tested with {name} up to {tested}, and {found} is installed; should something "
                 f"fail, try pip install '{name}=={tested}.*'."
             )
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """A module of a package that not everyone has.
+
+    Args:
+        module: to import.
+        extra: of mono-quant-hf, which brings it.
+        purpose: what it is for, to begin a sentence with.
+
+    Raises:
+        ImportError: it is not installed; says how to get it.
+
+    Example:
+        >>> require("no_such_module", "gguf", "Reading GGUF")
+        Traceback (most recent call last):
+            ...
+        ImportError: Reading GGUF needs no_such_module; run: pip install 'mono-quant-hf[gguf]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as problem:
+        hint = f"pip install '{DISTRIBUTION}[{extra}]'"
+        raise ImportError(f"{purpose} needs {module}; run: {hint}") from problem

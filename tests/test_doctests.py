@@ -16,8 +16,6 @@ SUBMODULES = [info.name for info in pkgutil.walk_packages(mono_quant_hf.__path__
 # Running the package is its command line; a plugin is imported by its engine, kernels of Triton where that is.
 ELSEWHERE = ("mono_quant_hf.__main__", "mono_quant_hf.engines.", "mono_quant_hf.kernels.triton_")
 MODULES = ["mono_quant_hf", *sorted(name for name in SUBMODULES if not name.startswith(ELSEWHERE))]
-NEEDED = {"mono_quant_hf.hub.export_gguf": "gguf"}
-"""What the examples of a module import that not everyone has."""
 
 
 @pytest.fixture
@@ -29,8 +27,6 @@ def own_registry(monkeypatch):
 @pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of(name):
-    if name in NEEDED:
-        pytest.importorskip(NEEDED[name])
     torch.manual_seed(0)
     module = importlib.import_module(name)
     result = doctest.testmod(

@@ -7,8 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from mono_quant_hf import MonoQuantConfig
-from mono_quant_hf.hub import opening
-from mono_quant_hf.hub.sources import local_folder
+from mono_quant_hf.hub import checkpoint
 
 from .errors import CommandError
 
@@ -26,7 +25,7 @@ def folder_of(name: str) -> Path:
         raise CommandError(f"there is no folder {name}; give a model's folder or its name on the Hub.")
     if path.is_file():
         raise CommandError(f"{name} is a file; give the folder of a saved model, or its name on the Hub.")
-    return local_folder(path)
+    return checkpoint.local_folder(path)
 
 
 def config_of(name: str) -> Any:
@@ -35,7 +34,7 @@ def config_of(name: str) -> Any:
     Raises:
         CommandError, HubError, ValueError: there is none, or it is damaged.
     """
-    return opening.config_of(folder_of(name))
+    return checkpoint.config_of(folder_of(name))
 
 
 def is_quantized(config: Any) -> bool:
@@ -51,7 +50,7 @@ def load_model(name: str, quantization: MonoQuantConfig | None = None, dtype: st
     """
     if quantization is not None and is_quantized(config_of(name)):
         raise CommandError(f"{name} is quantized already; give the float model it was made from.")
-    model = opening.model_of(
+    model = checkpoint.model_of(
         folder_of(name), dtype=DTYPES.get(dtype, "auto"), quantization_config=quantization
     )
     model.config.name_or_path = name
@@ -64,7 +63,7 @@ def load_processor(name: str, auto_class: Any = AutoTokenizer) -> Any:
     Raises:
         CommandError, HubError, ValueError: there is none, or it is damaged.
     """
-    return opening.processor_of(folder_of(name), auto_class)
+    return checkpoint.processor_of(folder_of(name), auto_class)
 
 
 def chat_inputs(tokenizer: Any, prompt: str) -> Any:
@@ -84,4 +83,4 @@ def architecture_of(name: str) -> str:
         CommandError, HubError, ValueError: the config does not say, or is damaged.
     """
     folder = folder_of(name)
-    return opening.model_class_of(folder, opening.config_of(folder)).__name__
+    return checkpoint.model_class_of(folder, checkpoint.config_of(folder)).__name__

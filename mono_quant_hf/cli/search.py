@@ -11,9 +11,9 @@ from typing import Any
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.evaluation import search_overrides
 from mono_quant_hf.files import check_room
+from mono_quant_hf.hub.checkpoint import local_folder
 from mono_quant_hf.hub.folders import check_destination, written_beside
 from mono_quant_hf.hub.importing import add_companions, bytes_when_quantized
-from mono_quant_hf.hub.sources import local_folder
 
 from .errors import CommandError
 from .inspect import text_batches

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mono_quant_hf.hub.opening import gguf_model
+from mono_quant_hf.hub.checkpoint import gguf_model
 
 from .cache import prepared
 from .errors import CommandError

@@ -23,12 +23,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
-from mono_quant_hf.hub.folders import weight_files
-from mono_quant_hf.hub.sources import local_folder
-from mono_quant_hf.integration.checkpoint import read_headers
+from mono_quant_hf.hub.checkpoint import local_folder
 from mono_quant_hf.integration.fingerprints import check_fingerprints
 from mono_quant_hf.integration.selection import settings_of
 from mono_quant_hf.modules.base import DTYPE_NAME, STORAGE_DTYPES
+from mono_quant_hf.weight_files import read_headers, weight_files
 
 from .vllm_layers import CodesMethod, ExpertsMethod, Part
 
@@ -79,10 +78,10 @@ class MonoQuantVllmConfig(QuantizationConfig):
 
         Raises:
             HubError: it is neither, or cannot be downloaded.
-            ValueError: a file is damaged, or not what was saved with the config.
+            FileNotFoundError, ValueError: a file is missing, damaged, or not what was saved with the config.
         """
         folder = local_folder(model_name, revision)
-        files = tuple(str(file) for file in weight_files(folder))
+        files = tuple(map(str, weight_files(folder)))
         headers = read_headers(files)
         self.stored = {name: name for name in headers}
         self.shapes = {name: tensor.shape for name, tensor in headers.items()}

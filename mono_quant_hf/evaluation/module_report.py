@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mono_quant_hf.integration import Decision
-from mono_quant_hf.integration.checkpoint import opener, read_headers
 from mono_quant_hf.modules import QuantizedModule
+from mono_quant_hf.weight_files import opener, read_headers
 
 from .sensitivity import decibels_of
 

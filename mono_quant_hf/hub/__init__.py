@@ -2,13 +2,9 @@
 
 from .card import model_card
 from .errors import HubError
+from .evaluation import Evaluation
 from .export import export
-from .export_bitsandbytes import export_bitsandbytes
-from .export_compressed_tensors import export_compressed_tensors
-from .export_gguf import export_gguf
-from .export_onnx import export_onnx
 from .importing import quantize_checkpoint
-from .measurements import Evaluation
 from .push import push_to_hub
 from .verify import ComparedWeight, Verification, verify_checkpoint
 
@@ -18,10 +14,6 @@ __all__ = [
     "HubError",
     "Verification",
     "export",
-    "export_bitsandbytes",
-    "export_compressed_tensors",
-    "export_gguf",
-    "export_onnx",
     "model_card",
     "push_to_hub",
     "quantize_checkpoint",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import transformers
@@ -19,10 +18,10 @@ from mono_quant_hf.config import FIELDS, MonoQuantConfig
 from mono_quant_hf.integration.selection import Decision, quantized_share
 from mono_quant_hf.integration.tags import tags_of
 
+from .checkpoint import HUB_ID, CheckpointFacts, read_facts
 from .errors import HubError
-from .facts import CheckpointFacts, read_facts
+from .evaluation import Evaluation
 from .markdown import code_span, fenced, phrase, picture
-from .measurements import Evaluation
 
 logger = logging.getLogger("mono_quant_hf")
 
@@ -32,35 +31,45 @@ END = "<!-- mono_quant_hf: end -->"
 PLOTS_FOLDER = "plots"
 CARRIED_OVER = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 """Metadata of the original's card that hold for the quantized model too."""
+_IN_TEMPLATE: dict[str, Any] = {"start": START, "end": END, "phrase": phrase, "fenced": fenced}
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+class CardOptions(TypedDict, total=False):
+    """What a card says beside the facts of the checkpoint.
+
+    Attributes:
+        evaluation: results of `mono_quant_hf.evaluation`, one or more, an `Evaluation` (which adds the name of the data
+            and the command), or a JSON file of such.
+        base_model: Hub id of the float model.
+        license: as the Hub names it, such as `"apache-2.0"`.
+        plots: images to show; they are expected in the repo under `plots/`.
+        notes: a paragraph of Markdown of your own, put first.
+    """
+
+    evaluation: Any
+    base_model: str | None
+    license: str | None
+    plots: Sequence[str | os.PathLike[str]]
+    notes: str | None
 
 
 def model_card(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
-    evaluation: Any = None,
-    base_model: str | None = None,
-    license: str | None = None,
     original: ModelCard | None = None,
     existing: ModelCard | None = None,
-    plots: Sequence[str | os.PathLike[str]] = (),
-    notes: str | None = None,
+    **options: Unpack[CardOptions],
 ) -> ModelCard:
     """The card of a quantized checkpoint.
 
     Args:
         folder: what `save_pretrained` wrote.
         repo_id: where it will be, such as `"me/model-int8"`; the code in the card loads it from there.
-        evaluation: results of `mono_quant_hf.evaluation`, one or more, an `Evaluation`, or a JSON file of such.
-        base_model: Hub id of the float model.
-        license: as the Hub names it, such as `"apache-2.0"`.
         original: card of the float model, whose license, language and so on are carried over.
         existing: a card to keep and extend: its text stays, our section in it is written anew or added at the end,
             and its metadata are completed, not changed.
-        plots: images to show; they are expected in the repo under `plots/`.
-        notes: a paragraph of Markdown of your own, put first.
+        options: `evaluation`, `base_model`, `license`, `plots`, `notes`; see `CardOptions`.
 
     Returns:
         a card that is not saved yet.
@@ -68,7 +77,8 @@ def model_card(
     Raises:
         HubError: the folder holds no model quantized by mono_quant_hf, the evaluation no known number, or the
             metadata of `existing` cannot be kept.
-        ValueError: a file of the folder is damaged; the message names it.
+        ValueError, OSError: a file of the folder is missing or damaged; the message names it.
+        TypeError: there is no such option.
 
     Example:
         >>> import tempfile
@@ -82,41 +92,53 @@ def model_card(
         >>> card.data.base_model, card.data.license, 'from_pretrained("me/bert-int8")' in card.text
         ('me/bert', 'apache-2.0', True)
     """
+    check_options("model_card", options, CardOptions)
     facts = read_facts(folder)
-    evaluations = Evaluation.of(evaluation)
-    data = _carried_over(_data(original), CARRIED_OVER)
-    if license is not None:
-        data = {key: value for key, value in data.items() if not key.startswith("license")} | {
-            "license": license
-        }
-    base = base_model or _carried_over(_data(existing), ["base_model"]).get("base_model")
-    if base:
-        data |= {"base_model": base, "base_model_relation": "quantized"}
-    data.setdefault("pipeline_tag", facts.task)
-    data |= {"library_name": "transformers", "tags": tags_of(facts.config)}
+    evaluations = Evaluation.of(options.get("evaluation"))
+    title = repo_id.rpartition("/")[2]
+    data = _metadata(facts, original, existing, options)
     results = [result for one in evaluations for result in one.eval_results(data["pipeline_tag"])]
-    name = repo_id.rpartition("/")[2]
     if results:
-        data |= {"eval_results": results, "model_name": name}
+        data |= {"eval_results": results, "model_name": title}
+    words = _words(facts, Path(folder), data.get("base_model")) | {
+        "title": phrase(title),
+        "repo_id": json.dumps(repo_id),
+        "plots": [_plot(Path(plot)) for plot in options.get("plots") or ()],
+        "notes": options.get("notes"),
+    }
     fresh = ModelCard.from_template(
-        ModelCardData(**data),
-        template_path=str(TEMPLATE),
-        title=phrase(name),
-        start=START,
-        end=END,
-        repo_id=json.dumps(repo_id),
-        plots=[
-            picture(Path(plot).stem.replace("_", " "), f"{PLOTS_FOLDER}/{Path(plot).name}") for plot in plots
-        ],
-        phrase=phrase,
-        fenced=fenced,
-        evaluations=evaluations,
-        notes=notes,
-        **_words(facts, folder, base),
+        ModelCardData(**data), str(TEMPLATE), evaluations=evaluations, **_IN_TEMPLATE, **words
     )
     card = fresh if existing is None else _extended(existing, fresh)
     check_card(card)
     return card
+
+
+def _plot(file: Path) -> str:
+    return picture(file.stem.replace("_", " "), f"{PLOTS_FOLDER}/{file.name}")
+
+
+def check_options(function: str, given: Mapping[str, Any], known: Any) -> None:
+    """Refuse options that a TypedDict does not know, with a TypeError as Python's own."""
+    unknown = next((name for name in given if name not in known.__annotations__), None)
+    if unknown is not None:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown!r}")
+
+
+def _metadata(
+    facts: CheckpointFacts, original: ModelCard | None, existing: ModelCard | None, options: CardOptions
+) -> dict[str, Any]:
+    data = _carried_over(_data(original), CARRIED_OVER)
+    license = options.get("license")
+    if license is not None:
+        data = {key: value for key, value in data.items() if not key.startswith("license")}
+        data["license"] = license
+    base = options.get("base_model") or _carried_over(_data(existing), ["base_model"]).get("base_model")
+    if base:
+        data |= {"base_model": base, "base_model_relation": "quantized"}
+    data.setdefault("pipeline_tag", facts.task)
+    data |= {"library_name": "transformers", "tags": tags_of(facts.config)}
+    return data
 
 
 def load_card(where: str | os.PathLike[str], token: str | bool | None = None) -> ModelCard | None:
@@ -126,14 +148,9 @@ def load_card(where: str | os.PathLike[str], token: str | bool | None = None) ->
             file = Path(where) / "README.md"
             return ModelCard.load(file, ignore_metadata_errors=True) if file.is_file() else None
         name = str(where)
-        return ModelCard.load(name, token=token) if _HUB_ID.fullmatch(name) else None  # type: ignore[arg-type]
+        return ModelCard.load(name, token=token) if HUB_ID.fullmatch(name) else None  # type: ignore[arg-type]
     except (HfHubHTTPError, OSError, ValueError):
         return None  # no card, no repo, no network, or none that can be read: there is nothing to carry over
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be that of a model on the Hub and is no folder here."""
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def _data(card: ModelCard | None) -> dict[str, Any]:
@@ -162,87 +179,75 @@ def _names(value: Any) -> list[str]:
     )
 
 
-def _words(facts: CheckpointFacts, folder: str | os.PathLike[str], base: Any) -> dict[str, Any]:
+def _words(facts: CheckpointFacts, folder: Path, base: Any) -> dict[str, Any]:
     """What the template says of a checkpoint."""
     from mono_quant_hf import __version__
 
-    bases = [f"[{one}](/{one})" if _HUB_ID.fullmatch(one) else phrase(one) for one in _names(base)]
-    origin = ", ".join(bases) or facts.architecture
+    bases = [f"[{one}](/{one})" if HUB_ID.fullmatch(one) else phrase(one) for one in _names(base)]
     config = facts.config
     scheme = "float16 weights"
     if config.weights == "int8":
         zero_points = "" if config.symmetric else " and zero-point"
         scheme = f"int8 weights with a scale{zero_points} per output channel"
-    if getattr(config, "activations", None):
+    if config.activations:
         scheme += " and int8 activations"
-    processor = _processor(Path(folder))
+    default = MonoQuantConfig()
+    settings = [f"weights={config.weights!r}"]
+    for name in FIELDS:
+        if name not in ("weights", "checksums", "format_version"):
+            value = getattr(config, name)
+            settings += [f"{name}={value!r}"] if value != getattr(default, name) else []
+    processor = _processor(folder)
     return {
-        "introduction": f"{origin} with {scheme}, quantized by mono_quant_hf.",
+        "introduction": f"{', '.join(bases) or facts.architecture} with {scheme}, quantized by mono_quant_hf.",
         "auto_class": facts.auto_class,
         "processor": processor,
-        "loads": ", ".join(sorted(filter(None, (facts.auto_class, processor and processor[0])))),
-        "groups": _groups([d for d in facts.decisions if d.quantized]),
-        "kept": _kept([d for d in facts.decisions if not d.quantized]),
+        "loads": ", ".join(sorted({facts.auto_class, *processor[:1]})),
+        "groups": _rows(facts.decisions, quantized=True),
+        "kept": _rows(facts.decisions, quantized=False),
         "share": f"{quantized_share(facts.decisions):.1%}",
         "size": f"{facts.bytes_on_disk / 1e6:,.2f}",
         "float_size": f"{facts.bytes_as_float / 1e6:,.2f}",
         "version": __version__,
         "transformers_version": transformers.__version__,
         "torch_version": torch.__version__.partition("+")[0],
-        "settings": _settings(config),
+        "settings": fenced(f"MonoQuantConfig({', '.join(settings)})", "python"),
     }
 
 
-def _settings(config: MonoQuantConfig) -> str:
-    """The config as the code that makes it, without what is the default."""
-    default = MonoQuantConfig()
-    parts = ["weights=" + repr(config.weights)]
-    for name in FIELDS:
-        value = getattr(config, name)
-        if name not in ("weights", "checksums", "format_version") and value != getattr(default, name):
-            parts.append(f"{name}={value!r}")
-    return fenced(f"MonoQuantConfig({', '.join(parts)})", "python")
-
-
-def _processor(folder: Path) -> tuple[str, str] | None:
+def _processor(folder: Path) -> tuple[str, ...]:
     """Auto class and variable name of what prepares the inputs, if the folder holds it."""
-    for files, auto_class, variable in (
-        (("processor_config.json",), "AutoProcessor", "processor"),
-        (("tokenizer.json", "tokenizer_config.json"), "AutoTokenizer", "tokenizer"),
-        (("preprocessor_config.json", "image_processor_config.json"), "AutoProcessor", "processor"),
+    for file, auto_class, variable in (
+        ("processor_config.json", "AutoProcessor", "processor"),
+        ("tokenizer.json", "AutoTokenizer", "tokenizer"),
+        ("tokenizer_config.json", "AutoTokenizer", "tokenizer"),
+        ("preprocessor_config.json", "AutoProcessor", "processor"),
+        ("image_processor_config.json", "AutoProcessor", "processor"),
     ):
-        if any((folder / file).is_file() for file in files):
+        if (folder / file).is_file():
             return auto_class, variable
-    return None
+    return ()
 
 
-def _groups(decisions: list[Decision]) -> list[dict[str, str]]:
+def _rows(decisions: list[Decision], quantized: bool) -> list[dict[str, str]]:
+    """The modules that are quantized by class and form, or those in float by reason: a row of a table for each."""
     grouped: dict[tuple[str, str], list[Decision]] = {}
     for decision in decisions:
-        stored = decision.weights
-        if decision.symmetric is not None:
-            stored += ", symmetric" if decision.symmetric else ", asymmetric"
-        grouped.setdefault((decision.kind, stored), []).append(decision)
-    return [
-        {"kind": code_span(kind), "stored": stored, **_counts(members)}
-        for (kind, stored), members in grouped.items()
-    ]
-
-
-def _kept(decisions: list[Decision]) -> list[dict[str, str]]:
-    grouped: dict[str, list[Decision]] = {}
-    for decision in decisions:
-        grouped.setdefault(decision.reason or "the settings", []).append(decision)
-    rows = [
-        {"reason": phrase(reason), "example": code_span(members[0].module), **_counts(members)}
-        for reason, members in grouped.items()
-    ]
+        if decision.quantized == quantized:
+            symmetry = {True: ", symmetric", False: ", asymmetric", None: ""}[decision.symmetric]
+            stored = decision.kind, decision.weights + symmetry
+            key = stored if quantized else (decision.reason or "the settings", "")
+            grouped.setdefault(key, []).append(decision)
+    rows = []
+    for (name, stored_as), members in grouped.items():
+        parameters = sum(decision.parameters for decision in members)
+        row = {"modules": f"{len(members):,}", "parameters": f"{parameters:,}" if parameters else "shared"}
+        if quantized:
+            row |= {"kind": code_span(name), "stored": stored_as}
+        else:
+            row |= {"reason": phrase(name), "example": code_span(members[0].module)}
+        rows.append(row)
     return rows
-
-
-def _counts(decisions: list[Decision]) -> dict[str, str]:
-    parameters = sum(decision.parameters for decision in decisions)
-    return {"modules": f"{len(decisions):,}", "parameters": f"{parameters:,}" if parameters else "shared"}
 
 
 def _extended(existing: ModelCard, fresh: ModelCard) -> ModelCard:

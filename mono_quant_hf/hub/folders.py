@@ -13,7 +13,7 @@ from typing import Any
 
 from mono_quant_hf.config import QUANT_METHOD
 from mono_quant_hf.files import folder_written_aside
-from mono_quant_hf.json_files import read_index, read_json
+from mono_quant_hf.json_files import read_json
 
 from .errors import HubError
 
@@ -29,26 +29,11 @@ CONTENTS = ".mono_quant_hf"
 """A file in what the commands write, with the names of all that they wrote: no more than that is ever overwritten."""
 
 _USUAL = (
-    *(
-        "config.json",
-        "generation_config.json",
-        "model*.safetensors",
-        "model*.safetensors.index.json",
-        "README.md",
-    ),
-    *(
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.*",
-        "merges.txt",
-        "chat_template.*",
-    ),
-    *("*processor_config.json", CONTENTS),
+    *("config.json", "generation_config.json", "*processor_config.json", "README.md", CONTENTS),
+    *("model*.safetensors", "model*.safetensors.index.json", "tokenizer*", "vocab.*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.*"),
 )
 """What `save_pretrained` and `save_quantized` write, and a model card."""
-
-INDEX = "model.safetensors.index.json"
 
 
 @contextmanager
@@ -209,35 +194,3 @@ def _module_folders(folder: Path) -> set[str]:
         return set()
     paths = (module.get("path") for module in modules if isinstance(module, dict))
     return {Path(path).parts[0] for path in paths if isinstance(path, str) and path}
-
-
-def has_safetensors(folder: Path) -> bool:
-    """Whether a folder holds weights as safetensors, or an index of such."""
-    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder: those its index names, else all.
-
-    Raises:
-        HubError: there is none, or the index names one that is missing.
-        ValueError: the index is damaged, or names files elsewhere.
-    """
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(read_index(index).values()))
-    else:
-        single = folder / "model.safetensors"
-        names = (
-            ["model.safetensors"]
-            if single.is_file()
-            else sorted(f.name for f in folder.glob("*.safetensors"))
-        )
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise HubError(
-            f"{folder} lacks {missing[0]}, which its index names; download or save the model again."
-        )
-    if not names:
-        raise HubError(f"{folder} holds no safetensors file; name the folder of a saved model.")
-    return [folder / name for name in names]

@@ -10,37 +10,43 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CompressedTensorsConfig
 from transformers.pytorch_utils import Conv1D
 
 from mono_quant_hf.calibration.samples import reads_text
-from mono_quant_hf.config import FIELDS, QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.files import check_room, scratch_folder
 from mono_quant_hf.integration import quantize_model
-from mono_quant_hf.integration.checkpoint import read_headers
 from mono_quant_hf.integration.selection import aliases_of, decide
 from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules.base import STORAGE_DTYPES
+from mono_quant_hf.versions import require
+from mono_quant_hf.weight_files import INDEX, StoredTensor, opener, read_headers, weight_files
 
-from .card import is_hub_id, load_card, model_card
+from .card import load_card, model_card
+from .checkpoint import (
+    gguf_model,
+    is_hub_id,
+    local_folder,
+    making,
+    model_of,
+    processor_of,
+    quantization_of,
+    skeleton_of,
+)
 from .errors import HubError
-from .export_bitsandbytes import ROW_MAJOR
-from .export_compressed_tensors import unpack
-from .folders import check_destination, copy_companions, weight_files, written_beside
-from .opening import gguf_model, making, model_of, processor_of, quantization_of, skeleton_of
-from .sources import local_folder
+from .export.bitsandbytes import ROW_MAJOR
+from .export.compressed_tensors import unpack
+from .folders import check_destination, copy_companions, written_beside
 
 logger = logging.getLogger("mono_quant_hf")
-
-Load = Callable[[str], Tensor]
 
 
 def quantize_checkpoint(
@@ -64,8 +70,7 @@ def quantize_checkpoint(
         source: folder or Hub name of a float model, or of an int8 one of compressed-tensors or bitsandbytes; or a
             GGUF file.
         destination: a folder, written whole or not at all.
-        config: how to quantize; `MonoQuantConfig()` if None. int8 codes that are taken over stay as they are, so that
-            only the default is allowed then.
+        config: how to quantize; `MonoQuantConfig()` if None, as it has to be where int8 codes are taken over.
         revision: of a source on the Hub.
         dtype: of what is left in float, `"auto"` for that of the checkpoint.
         overwrite: replace a checkpoint that this package wrote.
@@ -80,14 +85,13 @@ def quantize_checkpoint(
         HubError: the source is quantized by mono_quant_hf already or in a way that cannot be read, or the
             destination is taken.
         TypeError: options of calibration without it.
-        OSError: the disk has too little room.
-        HubError, ValueError: a file of the source is damaged; the message names it.
+        OSError, ImportError: the disk has too little room; what reads the format is missing.
+        HubError, ValueError: a file of the source is damaged.
 
     Example:
         >>> import tempfile
         >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
-        ...                     intermediate_size=32)
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     BertModel(config).save_pretrained(f"{folder}/float")
         ...     quantize_checkpoint(f"{folder}/float", f"{folder}/int8")
@@ -97,83 +101,107 @@ def quantize_checkpoint(
         QuantizedLinear(in_features=32, out_features=32, bias=True, weights=int8, asymmetric)
     """
     check_destination(destination, overwrite, source)
-    config = MonoQuantConfig() if config is None else config
-    quantize_float: Callable[[Path, Path], None] = partial(
-        _quantize_float,
-        config=config,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        calibration=calibration,
-        **options,
-    )
     if options and calibration is None:
         raise TypeError(f"{next(iter(options))} is for calibration; give calibration= too, or leave it out.")
-    again = "rounded a second time" if calibration is None else "calibrated"
-    if str(source).endswith(".gguf"):
-        _from_gguf(Path(source), destination, quantize_float, overwrite)
-        return f"made float and {again}, as GGUF has a scale for each block of a row"
-    folder = local_folder(source, revision)
-    settings = quantization_of(folder)
-    method = (settings or {}).get("quant_method")
-    if settings is None:
-        with written_beside(destination, overwrite, source) as new:
-            quantize_float(folder, new)
-            add_companions(source, folder, new, destination)
-        return "rounded from float" if calibration is None else "calibrated from float"
-    if method == QUANT_METHOD:
-        raise HubError(
-            f"{source} is quantized by mono_quant_hf already; give the float model it was made from."
-        )
-    if method == "compressed-tensors" and not _codes_fit(folder, settings):
-        with written_beside(destination, overwrite, source) as new, scratch_folder(new.parent) as scratch:
-            _dequantize_compressed(folder, scratch, dtype)
-            quantize_float(scratch, new)
-            add_companions(source, folder, new, destination)
-        return f"made float and {again}, as its format is not int8 with a scale per channel"
-    if method == "compressed-tensors":
-        decode: Callable[[Path, dict[str, Any], Path], MonoQuantConfig] = _take_compressed
-    elif method == "bitsandbytes" and settings.get("load_in_8bit"):
-        decode = _take_bitsandbytes
-    else:
-        raise HubError(
-            f"{source} is quantized by {method}, which cannot be taken over; give the float model it was made from."
-        )
-    if config != MonoQuantConfig() or calibration is not None:
-        raise HubError(
-            f"{source} holds int8 codes, which are taken over as they are; leave the settings out, or give the float "
-            "model it was made from."
-        )
-    skeleton_of(folder)  # codes of what no class can load are not taken over
-    with written_beside(destination, overwrite, source) as new:
-        check_room(new, sum(file.stat().st_size for file in weight_files(folder)), f"The model of {source}")
-        taken = decode(folder, settings, new)
-        _write_config(folder, new, taken)
-        add_companions(source, folder, new, destination)
-    return "the int8 codes taken over as they are"
+    folder = Path(source) if str(source).endswith(".gguf") else local_folder(source, revision)
+    work = _Import(source, config or MonoQuantConfig(), dtype, max_shard_size, calibration, options)
+    write, done = work.way(folder)
+    with written_beside(destination, overwrite, source) as new, scratch_folder(new.parent) as scratch:
+        add_companions(source, write(folder, new, scratch), new, destination)
+    return done
 
 
-def _quantize_float(
-    folder: Path,
-    new: Path,
-    *,
-    config: MonoQuantConfig,
-    dtype: Any,
-    max_shard_size: Any,
-    calibration: Any,
-    **options: Any,
-) -> None:
-    """Quantize the float model of a folder into another."""
-    check_room(new, bytes_when_quantized(folder, config, dtype), "The quantized model")
-    if calibration is None:
-        model = model_of(folder, dtype=dtype, quantization_config=config)
-    else:
-        tokenizer = processor_of(folder, AutoTokenizer) if reads_text(calibration) else None
-        model = model_of(folder, dtype=dtype).eval()
-        for part in (model.config, model.generation_config if model.can_generate() else None):
-            if part is not None:
-                part.save_pretrained(new)  # one that cannot be saved shows now, and not after hours
-        quantize_model(model, config, calibration=calibration, tokenizer=tokenizer, **options)
-    model.save_pretrained(new, max_shard_size=max_shard_size)
+Write = Callable[[Path, Path, Path], Path]
+"""Writes what is in a folder or file into a new folder, with one for scratch; says where what belongs to it is."""
+
+
+@dataclass(frozen=True)
+class _Import:
+    """One run of `quantize_checkpoint`, whose arguments these are."""
+
+    source: Any
+    config: MonoQuantConfig
+    dtype: Any
+    max_shard_size: int | str
+    calibration: Any
+    options: dict[str, Any]
+
+    def way(self, folder: Path) -> tuple[Write, str]:
+        """How a source is written, and what that is in a few words."""
+        again = "rounded a second time" if self.calibration is None else "calibrated"
+        if folder.suffix == ".gguf":
+            if not folder.is_file():
+                raise HubError(f"There is no file {folder}.")
+            require("gguf", "gguf", "Reading GGUF")
+            return self.from_gguf, f"made float and {again}, as GGUF has a scale for each block of a row"
+        settings = quantization_of(folder)
+        if settings is None:
+            return self.from_float, f"{'rounded' if self.calibration is None else 'calibrated'} from float"
+        method = settings["quant_method"]
+        if method == QUANT_METHOD:
+            raise HubError(
+                f"{self.source} is quantized by mono_quant_hf already; give the float model it was made from."
+            )
+        if method == "compressed-tensors" and not _codes_fit(folder, settings):
+            said = f"made float and {again}, as its format is not int8 with a scale per channel"
+            return self.from_compressed, said
+        if method != "compressed-tensors" and not (method == "bitsandbytes" and settings.get("load_in_8bit")):
+            raise HubError(
+                f"{self.source} is quantized by {method}, which cannot be taken over; give the float model it was made "
+                "from."
+            )
+        if self.config != MonoQuantConfig() or self.calibration is not None:
+            raise HubError(
+                f"{self.source} holds int8 codes, which are taken over as they are; leave the settings out, or give "
+                "the float model it was made from."
+            )
+        skeleton_of(folder)  # codes of what no class can load are not taken over
+        return self.from_codes, "the int8 codes taken over as they are"
+
+    def from_float(self, folder: Path, new: Path, scratch: Path) -> Path:
+        check_room(new, bytes_when_quantized(folder, self.config, self.dtype), "The quantized model")
+        if self.calibration is None:
+            model = model_of(folder, dtype=self.dtype, quantization_config=self.config)
+        else:
+            tokenizer = processor_of(folder, AutoTokenizer) if reads_text(self.calibration) else None
+            model = model_of(folder, dtype=self.dtype).eval()
+            for part in (model.config, model.generation_config if model.can_generate() else None):
+                if part is not None:
+                    part.save_pretrained(new)  # one that cannot be saved shows now, and not after hours
+            calibrated = {"calibration": self.calibration, "tokenizer": tokenizer, **self.options}
+            quantize_model(model, self.config, **calibrated)
+        model.save_pretrained(new, max_shard_size=self.max_shard_size)
+        return folder
+
+    def from_gguf(self, file: Path, new: Path, scratch: Path) -> Path:
+        made = scratch / "float"
+        with making(file, "it is no GGUF file that transformers can read"):
+            gguf_model(file).save_pretrained(made)
+        try:
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(made)
+        except (ValueError, KeyError, NotImplementedError) as problem:
+            logger.warning("The tokenizer in %s cannot be read (%s): add one to the result.", file, problem)
+        return self.from_float(made, new, scratch)
+
+    def from_compressed(self, folder: Path, new: Path, scratch: Path) -> Path:
+        require("compressed_tensors", "compressed-tensors", "Reading this format")
+        made = scratch / "float"
+        how = CompressedTensorsConfig(dequantize=True)
+        model_of(folder, dtype=self.dtype, quantization_config=how).save_pretrained(made)
+        _write_config(made, made, None)
+        self.from_float(made, new, scratch)
+        return folder
+
+    def from_codes(self, folder: Path, new: Path, scratch: Path) -> Path:
+        check_room(
+            new, sum(file.stat().st_size for file in weight_files(folder)), f"The model of {self.source}"
+        )
+        settings = quantization_of(folder) or {}
+        decoder = _of_bitsandbytes if settings["quant_method"] == "bitsandbytes" else _of_compressed
+        config, convert = decoder(folder, settings, read_headers(weight_files(folder)))
+        _convert_files(folder, new, convert)
+        _write_config(folder, new, config)
+        return folder
 
 
 def bytes_when_quantized(folder: Path, config: MonoQuantConfig, dtype: Any) -> int:
@@ -188,28 +216,6 @@ def bytes_when_quantized(folder: Path, config: MonoQuantConfig, dtype: Any) -> i
         p.numel() * (stored if p.dim() > 1 and name.rpartition(".")[0] in quantized else itemsize)
         for name, p in skeleton.named_parameters()
     )
-
-
-def _from_gguf(file: Path, destination: Any, quantize_float: Any, overwrite: bool) -> None:
-    if not file.is_file():
-        raise HubError(f"There is no file {file}.")
-    try:
-        import gguf  # noqa: F401  transformers reads GGUF with it
-    except ImportError as problem:
-        raise HubError("Reading GGUF needs the package gguf: pip install 'mono-quant-hf[gguf]'.") from problem
-    with written_beside(destination, overwrite, file) as new, scratch_folder(new.parent) as scratch:
-        with making(file, "it is no GGUF file that transformers can read"):
-            model = gguf_model(file)
-        model.save_pretrained(scratch)
-        del model
-        try:
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(scratch)
-        except (ValueError, KeyError, NotImplementedError) as problem:
-            logger.warning(
-                "The tokenizer in %s cannot be read (%s): add one to %s.", file, problem, destination
-            )
-        quantize_float(scratch, new)
-        add_companions(file, scratch, new, destination)
 
 
 def add_companions(source: Any, folder: Path, new: Path, destination: str | os.PathLike[str]) -> None:
@@ -234,7 +240,11 @@ def add_companions(source: Any, folder: Path, new: Path, destination: str | os.P
         )
 
 
-# compressed-tensors
+# The codes of others
+
+Load = Callable[[str], Tensor]
+Convert = Callable[[str, Load], dict[str, Tensor]]
+"""Name of a stored tensor, and what loads one, to the tensors that stand for it here."""
 
 
 def _groups(folder: Path, settings: dict[str, Any], part: str) -> list[dict[str, Any]]:
@@ -263,7 +273,7 @@ def _codes_fit(folder: Path, settings: dict[str, Any]) -> bool:
             or weights.get("actorder")
         ):
             return False
-    stored = read_headers([str(file) for file in weight_files(folder)])
+    stored = read_headers(weight_files(folder))
     scales = {name: tensor for name, tensor in stored.items() if name.endswith(".weight_scale")}
     return bool(scales) and all(
         len(tensor.shape) < 2 or (len(tensor.shape) == 2 and tensor.shape[1] == 1)
@@ -271,11 +281,28 @@ def _codes_fit(folder: Path, settings: dict[str, Any]) -> bool:
     )
 
 
-def _take_compressed(folder: Path, settings: dict[str, Any], new: Path) -> MonoQuantConfig:
-    files = [str(file) for file in weight_files(folder)]
-    stored = read_headers(files)
+def _of_compressed(
+    folder: Path, settings: dict[str, Any], stored: dict[str, StoredTensor]
+) -> tuple[MonoQuantConfig, Convert]:
+    """The config of compressed-tensors as ours, and the conversion of its tensors."""
     zero_points = any(name.endswith(".weight_zero_point") for name in stored)
-    dropped: list[str] = []
+    activations = None
+    inputs = [part for part in _groups(folder, settings, "input_activations") if part]
+    if inputs:
+        if all(part.get("dynamic") is True and part.get("num_bits") == 8 for part in inputs):
+            activations = "int8"
+        else:
+            logger.warning("The activations were to be quantized too; here they are computed in float.")
+    own = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    dropped = [
+        name
+        for name in stored
+        if name.endswith(("_scale", "_zero_point", "_g_idx")) and name.rpartition(".")[2] not in own
+    ]
+    if dropped:
+        logger.warning(
+            "%d tensors, such as %s, have no place here and were left out.", len(dropped), dropped[0]
+        )
 
     def convert(name: str, load: Load) -> dict[str, Tensor]:
         base, _, kind = name.rpartition(".")
@@ -284,13 +311,8 @@ def _take_compressed(folder: Path, settings: dict[str, Any], new: Path) -> MonoQ
             codes = unpack(load(name), (rows, columns))
         elif kind == "weight" and f"{base}.weight_scale" in stored:
             codes = load(name)
-        elif kind in ("weight_scale", "weight_zero_point", "weight_shape"):
-            return {}
-        elif kind.endswith(("_scale", "_zero_point", "_g_idx")):
-            dropped.append(name)
-            return {}
         else:
-            return {name: load(name)}
+            return {} if kind in own or name in dropped else {name: load(name)}
         shape = (len(codes), 1)
         scale = load(f"{base}.weight_scale").float().reshape(-1, 1).expand(shape).contiguous()
         tensors = {f"{base}.weight_int8": codes, f"{base}.weight_scale": scale}
@@ -304,47 +326,17 @@ def _take_compressed(folder: Path, settings: dict[str, Any], new: Path) -> MonoQ
             tensors[f"{base}.weight_zero_point"] = zero_point
         return tensors
 
-    _convert_files(folder, new, convert)
-    settings_of_groups = _groups(folder, settings, "input_activations")
-    more: dict[str, Any] = {}
-    if any(settings_of_groups):
-        dynamic = all(one.get("dynamic") is True and one.get("num_bits") == 8 for one in settings_of_groups)
-        if dynamic and "activations" in FIELDS:
-            more["activations"] = "int8"
-        else:
-            logger.warning("The activations were to be quantized too; here they are computed in float.")
-    if dropped:
-        logger.warning(
-            "%d tensors, such as %s, have no place here and were left out.", len(dropped), dropped[0]
-        )
-    return MonoQuantConfig(symmetric=not zero_points, **more)
+    return MonoQuantConfig(symmetric=not zero_points, activations=activations), convert
 
 
-def _dequantize_compressed(folder: Path, scratch: Path, dtype: Any) -> None:
-    try:
-        import compressed_tensors  # noqa: F401  transformers dequantizes with it
-    except ImportError as problem:
-        raise HubError(
-            "Reading this format needs compressed-tensors: pip install 'mono-quant-hf[compressed-tensors]'."
-        ) from problem
-    how = CompressedTensorsConfig(dequantize=True)
-    model_of(folder, dtype=dtype, quantization_config=how).save_pretrained(scratch)
-    _write_config(scratch, scratch, None)
-
-
-# bitsandbytes
-
-
-def _take_bitsandbytes(folder: Path, settings: dict[str, Any], new: Path) -> MonoQuantConfig:
-    stored = read_headers([str(file) for file in weight_files(folder)])
+def _of_bitsandbytes(
+    folder: Path, settings: dict[str, Any], stored: dict[str, StoredTensor]
+) -> tuple[MonoQuantConfig, Convert]:
+    """The config of LLM.int8 as ours, and the conversion of its tensors."""
     skeleton = skeleton_of(folder)
     aliases = aliases_of(skeleton)
-    transposed = {
-        alias
-        for name, module in skeleton.named_modules()
-        if isinstance(module, Conv1D)
-        for alias in aliases(name)
-    }
+    conv1ds = (name for name, module in skeleton.named_modules() if isinstance(module, Conv1D))
+    transposed = {alias for name in conv1ds for alias in aliases(name)}
 
     def convert(name: str, load: Load) -> dict[str, Tensor]:
         base, _, kind = name.rpartition(".")
@@ -364,29 +356,25 @@ def _take_bitsandbytes(folder: Path, settings: dict[str, Any], new: Path) -> Mon
             codes, scale = codes.T.contiguous(), scale.T.contiguous()
         return {f"{base}.weight_int8": codes, f"{base}.weight_scale": scale}
 
-    _convert_files(folder, new, convert)
-    return MonoQuantConfig(symmetric=True)
+    return MonoQuantConfig(symmetric=True), convert
 
 
-# Files
-
-
-def _convert_files(folder: Path, new: Path, convert: Callable[[str, Load], dict[str, Tensor]]) -> None:
+def _convert_files(folder: Path, new: Path, convert: Convert) -> None:
     """Write every weight file anew, one in memory at a time, with what `convert` makes of each tensor's name."""
     files = weight_files(folder)
-    where = {name: tensor.file for name, tensor in read_headers([str(file) for file in files]).items()}
+    stored, opened = read_headers(files), opener()
 
     def load(name: str) -> Tensor:
-        if name not in where:
+        if name not in stored:
             raise HubError(f"{name} is missing from {folder}; download or save the model again.")
-        with safe_open(where[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)
+        tensor: Tensor = opened(stored[name].file).get_tensor(name)
+        return tensor
 
     weight_map: dict[str, str] = {}
     total = 0
     for file in files:
         made: dict[str, Tensor] = {}
-        for name in sorted(name for name, at in where.items() if at == str(file)):
+        for name in sorted(name for name, tensor in stored.items() if tensor.file == str(file)):
             with making(file, f"{name} in it is not what the format says"):
                 tensors = convert(name, load)
             _check_codes(file, tensors)
@@ -395,9 +383,7 @@ def _convert_files(folder: Path, new: Path, convert: Callable[[str, Load], dict[
         weight_map |= dict.fromkeys(made, file.name)
         total += sum(tensor.nbytes for tensor in made.values())
     if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (new / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        _write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _check_codes(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -418,4 +404,8 @@ def _write_config(folder: Path, new: Path, config: MonoQuantConfig | None) -> No
     data.pop("quantization_config", None)
     if config is not None:
         data["quantization_config"] = config.to_dict()
-    (new / "config.json").write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_json(new / "config.json", data)
+
+
+def _write_json(file: Path, data: Any) -> None:
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,36 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
-from mono_quant_hf.core import calculate_scale_zp_per_channel
+from mono_quant_hf.config import MonoQuantConfig
+from mono_quant_hf.core import calculate_scale_zp_per_channel, sqnr
 from mono_quant_hf.core.metrics import decibels
 from mono_quant_hf.core.quantizers import BLOCK_ELEMENTS
 from mono_quant_hf.integration.checkpoint import (
     Flaw,
-    StoredTensor,
+    FlawedCheckpoint,
     decide_by_checkpoint,
-    flaws_of_scale,
     flaws_of_stored_tensors,
-    opener,
-    read_headers,
     stems_of_codes,
 )
 from mono_quant_hf.integration.conversions import checkpoint_of
 from mono_quant_hf.integration.expected import expected_tensors
 from mono_quant_hf.integration.fingerprints import flaws_by_fingerprint
-from mono_quant_hf.integration.selection import aliases_of, decide_recorded
+from mono_quant_hf.integration.selection import Decision, aliases_of, decide_recorded
 from mono_quant_hf.json_files import read_index
 from mono_quant_hf.modules.base import DTYPE_NAME
 from mono_quant_hf.texts import one_line
+from mono_quant_hf.weight_files import INDEX, StoredTensor, opener, read_headers, weight_files
 
+from .checkpoint import (
+    bytes_of,
+    check_float,
+    check_ours,
+    local_folder,
+    quantization_of,
+    settings_of,
+    skeleton_of,
+)
 from .errors import HubError
-from .facts import size_of
-from .folders import INDEX, weight_files
-from .opening import check_float, quantization_of, settings_of, skeleton_of
-from .sources import local_folder
 
 HALF_A_STEP = 0.5 + 1e-3
 """Rounding to the nearest code is off by half a step at most; the rest is for float32 arithmetic at code 255."""
@@ -152,7 +154,7 @@ def verify_checkpoint(
     folder = local_folder(checkpoint, revision)
     work = _Verifying(folder, progress)
     work.checkpoint()
-    if source is not None and work.config is not None:
+    if source is not None and work.model is not None:
         work.against(local_folder(source), str(source))
     return Verification(
         checkpoint=str(checkpoint),
@@ -160,7 +162,7 @@ def verify_checkpoint(
         config=work.config,
         files=len({tensor.file for tensor in work.stored.values()}),
         tensors=len(work.stored),
-        bytes=sum(size_of(tensor) for tensor in work.stored.values()),
+        bytes=bytes_of(work.stored),
         compared=work.compared,
         flaws=tuple(work.flaws.values()),
         notes=tuple(work.notes),
@@ -169,10 +171,12 @@ def verify_checkpoint(
 
 
 class _Verifying:
+    """What was read so far, and what was found; `checkpoint` comes first, then `against`."""
+
     def __init__(self, folder: Path, progress: bool):
-        self.folder, self.progress = folder, progress
+        self.folder, self.config_file, self.progress = folder, folder / "config.json", progress
         self.config: MonoQuantConfig | None = None
-        self.model: PreTrainedModel | None = None
+        self.model: Any = None
         self.stored: dict[str, StoredTensor] = {}
         self.flaws: dict[tuple[str, str], Flaw] = {}
         self.notes: list[str] = []
@@ -187,85 +191,74 @@ class _Verifying:
     def says(self, file: str | Path, tensor: str, message: str) -> None:
         self.add(Flaw(str(file), tensor, one_line(message)))
 
-    def checkpoint(self) -> None:
-        config_file = self.folder / "config.json"
+    @contextmanager
+    def told(self, file: Path) -> Iterator[None]:
+        """What cannot be read of a file is a flaw of it, and ends the block."""
         try:
-            settings = quantization_of(self.folder)
-        except (HubError, ValueError) as problem:
-            if config_file.is_file():
-                self.says(config_file, "", str(problem))
-                return
-            raise
-        if (settings or {}).get("quant_method") != QUANT_METHOD:
-            self._refuse_other(settings, config_file)
+            yield
+        except FlawedCheckpoint as problem:
+            self.add(problem.flaw)
+        except (HubError, ValueError, FileNotFoundError) as problem:
+            self.says(file, "", str(problem))
+
+    def checkpoint(self) -> None:
+        settings = self._settings()
+        if settings is None:
             return
         files = self._files()
-        try:
-            self.config = settings_of(self.folder, settings or {})
+        with self.told(self.config_file):
+            self.config = settings_of(self.folder, settings)
             self.model = skeleton_of(self.folder)
-        except (HubError, ValueError) as problem:
-            self.says(config_file, "", str(problem))
-            return
-        if self.stored:
-            self._tensors(self.model, self.config, config_file)
-            self._checksums(self.config, [str(file) for file in files])
+        if self.config is not None and self.model is not None and self.stored:
+            self._tensors(self.config)
+            self._checksums(self.config, files)
             self._values()
 
-    def _refuse_other(self, settings: dict[str, Any] | None, config_file: Path) -> None:
-        """A float model is no mistake of the checkpoint's; codes without a word of them in the config are."""
-        if settings is None:
-            stored = self._headers(weight_files(self.folder))
-            try:
-                check_float(self.folder, stored)
-            except HubError as problem:
-                self.says(config_file, "", str(problem))
-                return
-        found = "float" if settings is None else f"quantized by {settings.get('quant_method')}"
-        raise HubError(
-            f"The model in {self.folder} is {found}, not quantized by mono_quant_hf; there is nothing to verify."
-        )
+    def _settings(self) -> dict[str, Any] | None:
+        """The `quantization_config`; None where something is wrong with it.
+
+        Raises:
+            HubError: the model is none of ours, which is no flaw.
+        """
+        if not self.config_file.is_file():
+            return quantization_of(self.folder)  # says so
+        with self.told(self.config_file):
+            settings = quantization_of(self.folder)
+            if settings is None:  # codes without a word of them
+                check_float(self.folder, self._headers(sorted(self.folder.glob("*.safetensors"))))
+        return None if self.flaws else check_ours(self.folder, settings)
 
     # Files
 
     def _files(self) -> list[Path]:
-        index = self.folder / INDEX
+        index, there = self.folder / INDEX, sorted(self.folder.glob("*.safetensors"))
         named: dict[str, str] = {}
-        if index.is_file():
-            with contextlib.suppress(ValueError):  # told below
-                named = read_index(index)
-        try:
+        with suppress(ValueError):  # told below
+            named = read_index(index) if index.is_file() else {}
+        files = [file for file in there if not named or file.name in named.values()]
+        with self.told(index if named else self.folder):
             files = weight_files(self.folder)
-        except (HubError, ValueError) as problem:
-            self.says(index if named else self.folder, "", str(problem))
-            there = sorted(self.folder.glob("*.safetensors"))
-            files = [file for file in there if file.name in named.values()] if named else there
         self._headers(files)
-        for file in sorted(self.folder.glob("*.safetensors")):
+        for file in there:
             if file not in files:
-                self.says(
-                    file,
-                    "",
-                    f"{file} belongs to no index and is not read; remove it, or save the model again.",
-                )
+                told = f"{file} belongs to no index and is not read; remove it, or save the model again."
+                self.says(file, "", told)
         for name, at in named.items():
             found = self.stored.get(name)
             if found is None or Path(found.file).name != at:
                 where = f"it is in {found.file}" if found else "it is in no file"
-                self.says(
-                    index, name, f"{index} says that {name} is in {at}, but {where}; save the model again."
-                )
+                told = f"{index} says that {name} is in {at}, but {where}; save the model again."
+                self.says(index, name, told)
         for name in self.stored.keys() - named.keys() if named else ():
             at = self.stored[name].file
             self.says(at, name, f"{name} in {at} is not in {index.name}; save the model again.")
-        return [file for file in files if file.is_file()]
+        return files
 
     def _headers(self, files: Sequence[Path]) -> dict[str, StoredTensor]:
         for file in files:
-            try:
-                found = read_headers([str(file)])
-            except ValueError as problem:
-                self.says(file, "", str(problem))
-                continue
+            found: dict[str, StoredTensor] = {}
+            with self.told(file):
+                found = read_headers([file])
             for name in found.keys() & self.stored.keys():
                 other = self.stored[name].file
                 self.says(file, name, f"{name} is both in {other} and in {file}; save the model again.")
@@ -274,16 +267,13 @@ class _Verifying:
 
     # Tensors
 
-    def _tensors(self, model: PreTrainedModel, config: MonoQuantConfig, config_file: Path) -> None:
-        checkpoint = checkpoint_of(model, self.stored)
-        planned = decide_recorded(model, config)
-        try:
-            decisions = decide_by_checkpoint(model, planned, config, checkpoint)
-        except ValueError as problem:
-            name = next(
-                (n for n, t in self.stored.items() if str(problem).startswith(f"{n} in {t.file} ")), ""
-            )
-            self.says(self.stored[name].file if name else config_file, name, str(problem))
+    def _tensors(self, config: MonoQuantConfig) -> None:
+        checkpoint = checkpoint_of(self.model, self.stored)
+        planned = decide_recorded(self.model, config)
+        decisions: list[Decision] = []
+        with self.told(self.config_file):
+            decisions = decide_by_checkpoint(self.model, planned, config, checkpoint)
+        if not decisions:
             return
         other = [a.module for b, a in zip(planned, decisions, strict=True) if b.weights != a.weights]
         if other:
@@ -291,37 +281,31 @@ class _Verifying:
                 f"{len(other)} modules are stored otherwise than the config says, such as {other[0]}; they are loaded "
                 "as they are stored."
             )
-        expected = expected_tensors(model, decisions)
-        for flaw in flaws_of_stored_tensors(model, checkpoint):
+        expected = expected_tensors(self.model, decisions)
+        for flaw in flaws_of_stored_tensors(self.model, checkpoint):
             self.add(flaw)
-        self._compare_names(model, expected, config_file)
+        self._compare_names(expected)
 
-    def _compare_names(self, model: PreTrainedModel, expected: dict[str, Tensor], config_file: Path) -> None:
-        tied = set(model.all_tied_weights_keys)
-        aliases = aliases_of(model)
+    def _compare_names(self, expected: dict[str, Tensor]) -> None:
+        aliases = aliases_of(self.model)
         flawed = {tensor for _, tensor in self.flaws}
-        known: set[str] = set(tied)
-        may_lack = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-        may_have = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        known: set[str] = set(self.model.all_tied_weights_keys)
+        may_lack, may_have = (
+            [re.compile(pattern) for pattern in getattr(self.model, f"_keys_to_ignore_on_load_{which}") or ()]
+            for which in ("missing", "unexpected")
+        )
         for name, tensor in expected.items():
             key = next((alias for alias in aliases(name) if alias in self.stored), None)
             known.add(key or name)
             if key is None:
                 if name not in flawed and not any(pattern.search(name) for pattern in may_lack):
-                    self.says(
-                        self.folder,
-                        name,
-                        f"{name} is missing from {self.folder}, whose config.json asks for it; save the model again.",
-                    )
+                    told = f"{name} is missing from {self.folder}, whose config.json asks for it; save the model again."
+                    self.says(self.folder, name, told)
                 continue
             found = self.stored[key]
-            exact = _TORCH_DTYPES.get(
-                tensor.dtype
-            )  # of codes, zero-points and float16 weights; all else is float32
-            dtype_fits = (
-                found.dtype == exact if exact else (found.dtype in _FLOATS or not tensor.is_floating_point())
-            )
-            if found.shape != tuple(tensor.shape) or not dtype_fits:
+            exact = _TORCH_DTYPES.get(tensor.dtype)  # of codes, zero-points and float16 weights
+            fits = found.dtype == exact if exact else found.dtype in _FLOATS or not tensor.is_floating_point()
+            if found.shape != tuple(tensor.shape) or not fits:
                 wanted = exact or str(tensor.dtype).removeprefix("torch.")
                 self.says(
                     found.file,
@@ -331,34 +315,24 @@ class _Verifying:
                 )
         for name in sorted(self.stored.keys() - known - flawed):
             if not any(pattern.search(name) for pattern in may_have):
-                file = self.stored[name].file
-                self.says(
-                    file, name, f"{name} in {file} belongs to no part of the model; save the model again."
-                )
+                at = self.stored[name].file
+                self.says(at, name, f"{name} in {at} belongs to no part of the model; save the model again.")
 
-    def _checksums(self, config: MonoQuantConfig, files: list[str]) -> None:
+    def _checksums(self, config: MonoQuantConfig, files: list[Path]) -> None:
         if config.checksums is None:
             self.notes.append("config.json holds no checksums: changed bytes cannot be found.")
             return
         whole = sorted({tensor.file for tensor in self.stored.values()})
-        self.compared = 0
+        all_there = len(whole) == sum(file.is_file() for file in files)
         with self._bar(len(self.stored), "checksums") as bar:
-
-            def count(_: str) -> None:
-                self.compared = (self.compared or 0) + 1
-                bar.update()
-
-            for flaw in flaws_by_fingerprint(whole, config, self.stored, count):
-                if flaw.tensor in self.stored or len(whole) == len(files):
+            for flaw in flaws_by_fingerprint(whole, config, self.stored, lambda _: bar.update()):
+                if flaw.tensor in self.stored or all_there:
                     self.add(flaw)
+        self.compared = len(self.stored)
 
     def _values(self) -> None:
         odd = []
         for stem in stems_of_codes(self.stored):
-            key = f"{stem}_scale"
-            if key in self.stored and self.stored[key].dtype == "F32":
-                for flaw in flaws_of_scale(key, self.stored[key].file, self.opened):
-                    self.add(flaw)
             if f"{stem}_zero_point" not in self.stored and int(self._load(f"{stem}_int8").min()) == -128:
                 odd.append(stem)
         if odd:
@@ -368,9 +342,8 @@ class _Verifying:
             )
         for name, tensor in self.stored.items():
             if name.endswith("_float16") and not bool(self._load(name).isfinite().all()):
-                self.says(
-                    tensor.file, name, f"{name} in {tensor.file} holds NaN or infinite values; save it again."
-                )
+                told = f"{name} in {tensor.file} holds NaN or infinite values; save it again."
+                self.says(tensor.file, name, told)
 
     def _load(self, name: str) -> Tensor:
         tensor: Tensor = self.opened(self.stored[name].file).get_tensor(name)
@@ -384,8 +357,7 @@ class _Verifying:
     def against(self, folder: Path, source: str) -> None:
         if quantization_of(folder) is not None:
             raise HubError(f"{source} is quantized itself; give the float model.")
-        exact = read_headers([str(file) for file in weight_files(folder)])
-        assert self.model is not None
+        exact = read_headers(weight_files(folder))
         broken = {tensor for _, tensor in self.flaws}
         float_names = {f"{stem}_int8": stem for stem in stems_of_codes(self.stored)}
         float_names |= {n: n.removesuffix("_float16") for n in self.stored if n.endswith("_float16")}
@@ -401,13 +373,6 @@ class _Verifying:
                 for key, parts in self._parts(name, stem, exact).items():
                     if key not in exact:
                         missing.append(name)
-                    elif exact[key].shape != tuple(parts[0].shape):
-                        self.says(
-                            self.stored[name].file,
-                            name,
-                            f"{name} has shape {list(parts[0].shape)}, in {source} it has "
-                            f"{list(exact[key].shape)}; is that the float model it was made from?",
-                        )
                     else:
                         self._compare(name, parts, self.opened(exact[key].file).get_tensor(key), source)
         quantized = next((name for name in missing if name in float_names), None)
@@ -429,7 +394,6 @@ class _Verifying:
         """A stored tensor, with scale and zero-point, by its name in the float checkpoint; in several where that has it
         in several, as the weights of experts are.
         """
-        assert self.model is not None
         companions = (f"{stem}_scale", f"{stem}_zero_point") if name.endswith("_int8") else ()
         tensors = [self._load(key) for key in (name, *companions) if key in self.stored]
         key = next((alias for alias in aliases_of(self.model)(stem) if alias in exact), None)
@@ -439,29 +403,37 @@ class _Verifying:
         return {key: [parts[key] for parts in split] for key in split[0]}
 
     def _compare(self, name: str, parts: list[Tensor], weight: Tensor, source: str) -> None:
+        """Compare a stored tensor (codes with their scale and zero-point) with the float one."""
         stored, file = parts[0], self.stored[name].file
+        if stored.shape != weight.shape:
+            self.says(
+                file,
+                name,
+                f"{name} has shape {list(stored.shape)}, in {source} it has {list(weight.shape)}; is that the float "
+                "model it was made from?",
+            )
+            return
         if stored.dtype is not torch.int8:
             # bfloat16 and float32 may hold the same numbers; what is float on both sides was only cast.
             cast = weight.to(stored.dtype)
             if not torch.equal(cast.nan_to_num(), stored.nan_to_num()):
                 self.says(file, name, f"{name} in {file} differs from that of {source}; is it that model's?")
             elif name.endswith("_float16"):
-                noise = float((weight.double() - stored.double()).square().sum())
-                sqnr = decibels(float(weight.double().square().sum()), noise)
-                self.weights.append(ComparedWeight(name, "float16", "nearest", sqnr, None, None))
+                found = ComparedWeight(name, "float16", "nearest", sqnr(weight, stored), None, None)
+                self.weights.append(found)
             return
         scale, zero_point = parts[1], parts[2] if len(parts) > 2 else None
-        steps, moved, sqnr = _distance(weight, stored, scale, zero_point)
+        steps, moved, ratio = _distance(weight, stored, scale, zero_point)
         rounding = "nearest"
         if steps > HALF_A_STEP:
             rounding = "calibrated" if _same_grid(weight, scale, zero_point) else "other"
         share = moved / max(1, stored.numel())
-        self.weights.append(ComparedWeight(name, "int8", rounding, sqnr, steps, share))
+        self.weights.append(ComparedWeight(name, "int8", rounding, ratio, steps, share))
         if rounding == "other":
             self.says(
                 file,
                 name,
-                f"{name} in {file} is up to {steps:.3g} steps away from {source} ({sqnr:.1f} dB), and its scales are "
+                f"{name} in {file} is up to {steps:.3g} steps away from {source} ({ratio:.1f} dB), and its scales are "
                 "not those of that weight; it was made from another float model, had an adapter merged into it, or is "
                 "damaged.",
             )

@@ -5,22 +5,19 @@ The rules here hold whether or not the config has checksums, for `from_pretraine
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import DTYPE_NAME, STORAGE_DTYPES, stored_names
-from mono_quant_hf.texts import shown
+from mono_quant_hf.weight_files import StoredTensor, opener
 
 from .selection import Decision, settings_of
 from .tying import tied_modules
@@ -28,15 +25,6 @@ from .tying import tied_modules
 NOT_THERE = "not in the checkpoint, newly initialized"
 _STORED_AS = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Header entry of one tensor: where it is, its safetensors dtype (`"I8"`, `"F32"`, ...) and its shape."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,42 +42,16 @@ class Flaw:
     message: str
 
 
-def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by name.
+class FlawedCheckpoint(ValueError):
+    """A checkpoint that cannot be loaded.
 
-    Raises:
-        ValueError: a file is missing, truncated or no safetensors file, or a tensor is in two files; names the file.
+    Attributes:
+        flaw: what is wrong with it.
     """
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
-        if not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{file} is no safetensors file; a mono_quant checkpoint is saved as safetensors only."
-            )
-        if not Path(file).is_file():
-            raise ValueError(f"{file} is missing; the checkpoint is incomplete, download or save it again.")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  not a dict
-                    if not name.isprintable():
-                        raise ValueError(
-                            f"{file} holds a tensor named {shown(name)}, with characters that no name has; download or "
-                            "save it again."
-                        )
-                    if name in stored:
-                        raise ValueError(
-                            f"{name} is both in {stored[name].file} and in {file}; save the model again."
-                        )
-                    part = tensors.get_slice(name)
-                    stored[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
-        except SafetensorError as problem:
-            raise ValueError(f"{file} is damaged ({problem}); download or save it again.") from problem
-    return stored
 
-
-def opener() -> Callable[[str], Any]:
-    """A function that opens safetensors files by path, each once: reading a header takes longer than most tensors."""
-    return functools.cache(lambda file: safe_open(file, framework="pt"))
+    def __init__(self, flaw: Flaw):
+        super().__init__(flaw.message)
+        self.flaw = flaw
 
 
 @dataclass(frozen=True)
@@ -152,7 +114,7 @@ def decide_by_checkpoint(
         checkpoint: what is stored.
 
     Raises:
-        ValueError: there are codes for a module that cannot be quantized; names it.
+        FlawedCheckpoint: there are codes for a module that cannot be quantized; names it.
     """
     tied = {name: group for group in tied_modules(model) for name in group}
     settings = settings_of(config, model)
@@ -178,10 +140,11 @@ def _by_checkpoint(
     if quantized_class is None or (refusal := quantized_class.refuses(module)) is not None:
         refusal = f"there is no quantized form of {decision.kind}" if quantized_class is None else refusal
         key, found = next(checkpoint.of("_".join(form)))
-        raise ValueError(
+        message = (
             f"{key} in {found.file} stands for a quantized weight, but {decision.module} stays in float: {refusal}; "
             "load it with the version of the model's class that it was saved with."
         )
+        raise FlawedCheckpoint(Flaw(found.file, key, message))
     if decision.weights == form[1]:
         return decision
     told = settings(decision.module) | {"weights": form[1]}
@@ -194,10 +157,10 @@ def check_stored_tensors(
     """Compare the headers with a model that has room for the tensors.
 
     Raises:
-        ValueError: the first of `flaws_of_stored_tensors`.
+        FlawedCheckpoint: the first of `flaws_of_stored_tensors`.
     """
     for flaw in flaws_of_stored_tensors(model, checkpoint, complete=complete, exact=exact):
-        raise ValueError(flaw.message)
+        raise FlawedCheckpoint(flaw)
 
 
 def flaws_of_stored_tensors(

@@ -19,9 +19,10 @@ from transformers.core_model_loading import (
 )
 
 from mono_quant_hf.modules.base import DTYPE_NAME, stored_names
+from mono_quant_hf.weight_files import StoredTensor
 
 from .by_version import renamed
-from .checkpoint import Checkpoint, StoredTensor
+from .checkpoint import Checkpoint
 from .tying import STORED_SUFFIXES
 
 if TYPE_CHECKING:

@@ -23,9 +23,10 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from mono_quant_hf.config import XXH3, MonoQuantConfig
+from mono_quant_hf.weight_files import opener
 
 from .by_version import converted
-from .checkpoint import Flaw, opener
+from .checkpoint import Flaw, FlawedCheckpoint
 from .read_ahead import ReadAhead
 
 ENTRY = struct.Struct(">II")  # hash of the name and of the tensor
@@ -142,10 +143,10 @@ def check_fingerprints(files: Sequence[str], config: MonoQuantConfig, names: Ite
         names: what the model itself may call its tensors.
 
     Raises:
-        ValueError: the first of `flaws_by_fingerprint`.
+        FlawedCheckpoint: the first of `flaws_by_fingerprint`.
     """
     for flaw in flaws_by_fingerprint(files, config, names):
-        raise ValueError(flaw.message)
+        raise FlawedCheckpoint(flaw)
 
 
 def flaws_by_fingerprint(

@@ -30,6 +30,7 @@ from transformers.quantizers.base import HfQuantizer
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import DTYPE_NAME
+from mono_quant_hf.weight_files import read_headers
 
 from . import by_version
 from .apply import change_modules, make_room, quantized_class_of
@@ -38,7 +39,6 @@ from .checkpoint import (
     check_stored_tensors,
     decide_by_checkpoint,
     modules_saying_dtype,
-    read_headers,
 )
 from .conversions import QuantizeWeights, StoredRenaming, checkpoint_of, keep_conversions
 from .fingerprints import check_fingerprints, checksums_of

@@ -21,18 +21,17 @@ from transformers import PreTrainedModel
 
 from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
 from mono_quant_hf.files import folder_written_aside
-from mono_quant_hf.json_files import read_index, read_json
+from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+from mono_quant_hf.weight_files import StoredTensor, read_headers, weight_files
 
 from .apply import change_modules, make_room
 from .checkpoint import (
     Checkpoint,
-    StoredTensor,
     check_stored_tensors,
     decide_by_checkpoint,
     groups_of_one_tensor,
     modules_saying_dtype,
-    read_headers,
 )
 from .fingerprints import check_fingerprints, checksums_of_tensors
 from .selection import Decision, settings_of
@@ -182,7 +181,7 @@ def save_quantized(
         raise FileExistsError(f"{target} is there already; name a new folder.")
     with folder_written_aside(target) as new:
         save_torch_state_dict(tensors, new, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
-        written = read_headers([str(file) for file in sorted(new.glob("*.safetensors"))])
+        written = read_headers(sorted(new.glob("*.safetensors")))
         config.checksums = checksums_of_tensors(((name, tensors[name]) for name in written), config)
         content = _own_config(model) | {"quantization_config": config.to_dict()}
         (new / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -232,7 +231,7 @@ def load_quantized(
     source = Path(folder)
     content = _read_config(source)
     config = MonoQuantConfig.from_dict(content["quantization_config"])
-    files = _weight_files(source)
+    files = [str(file) for file in weight_files(source)]
     stored = read_headers(files)
     skeleton = _skeleton(model, source)
     if any(isinstance(module, QuantizedModule) for module in skeleton.modules()):
@@ -273,19 +272,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{file} is not of a model that mono_quant_hf quantized; load it as a float model.")
     return content
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """The safetensors files of a folder: those of the index, where there is one."""
-    names = {file.name for file in folder.glob("*.safetensors")}
-    for index in folder.glob("*.safetensors.index.json"):
-        names = set(read_index(index).values())
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing or not names:
-        raise FileNotFoundError(
-            f"{folder / (missing or ['model.safetensors'])[0]} is missing; download or save again."
-        )
-    return [str(folder / name) for name in sorted(names)]
 
 
 def _skeleton(model: Any, folder: Path) -> nn.Module:

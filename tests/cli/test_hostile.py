@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.cli.main import main
-from mono_quant_hf.hub import export_compressed_tensors
+from mono_quant_hf.hub import export
 from tests.evaluation.conftest import make_llama, make_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -45,7 +45,7 @@ def sound(tmp_path_factory):
     model.save_pretrained(folder / "float", max_shard_size="20kB")
     quantized = quantize_model(model, MonoQuantConfig(symmetric=True))
     quantized.save_pretrained(folder / "int8", max_shard_size="10kB")
-    export_compressed_tensors(quantized, folder / "compressed", max_shard_size="10kB")
+    export(quantized, folder / "compressed", "compressed-tensors", max_shard_size="10kB")
     for name in ("float", "int8", "compressed"):
         make_tokenizer().save_pretrained(folder / name)
     return folder

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.hub import HubError, model_card
 from mono_quant_hf.hub.card import END, START, TEMPLATE, check_card
-from mono_quant_hf.hub.facts import auto_class_of
+from mono_quant_hf.hub.checkpoint import auto_class_of
 from tests import tiny_models
 
 FOLDER = Path(__file__).parent.parent.parent / "model_cards"

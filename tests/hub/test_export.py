@@ -127,9 +127,9 @@ def test_a_head_that_is_tied_to_a_quantized_embedding_is_float_there(tmp_path):
     assert_same_logits(loaded, model)
 
 
-def mixture():
+def mixture(**settings):
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
+    sizes = dict(
         vocab_size=64,
         hidden_size=32,
         moe_intermediate_size=32,
@@ -139,9 +139,10 @@ def mixture():
         head_dim=8,
         num_experts=4,
         num_experts_per_tok=2,
+        norm_topk_prob=True,
         initializer_range=0.2,
     )
-    return Qwen3MoeForCausalLM(config).eval()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | settings)).eval()
 
 
 @pytest.mark.parametrize("skip", [None, ["experts"]])
@@ -258,10 +259,29 @@ def test_gguf(tmp_path, kind, plain, pre):
 
 
 def test_gguf_of_a_quantized_embedding(tmp_path):
-    pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf")
     model = quantized(wide(), symmetric=True, quantize_embeddings=True)
     export(model, tmp_path / "model.gguf", "gguf")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
     assert_same_logits(load_gguf(tmp_path / "model.gguf"), model, tolerance=2e-3)
+
+
+def test_gguf_of_experts_stacks_them(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = quantized(
+        mixture(moe_intermediate_size=768, head_dim=32), symmetric=True
+    )  # 768 is what is assumed
+    export(model, tmp_path / "model.gguf", "gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    down = tensors["blk.0.ffn_down_exps.weight"]
+    assert down.tensor_type.name == "Q8_0" and list(down.shape) == [768, 32, 4]
+    codes = down.data.reshape(4, 32, 24, 34)[..., 2:].reshape(4, 32, 768).view("int8")
+    assert torch.equal(torch.from_numpy(codes.copy()), model.model.layers[0].mlp.experts.down_proj_int8)
+    assert_same_logits(load_gguf(tmp_path / "model.gguf"), model, tolerance=5e-3)
+    model = quantized(mixture(norm_topk_prob=False), symmetric=True)
+    with pytest.raises(HubError, match="norm_topk_prob=False"):
+        export(model, tmp_path / "other.gguf", "gguf")
 
 
 def test_gguf_of_scales_that_float16_holds_is_exact(tmp_path):

@@ -143,9 +143,8 @@ def test_a_gguf_file_is_replaced_only_where_this_package_wrote_it(here, capsys):
 
 
 def test_an_export_refuses_its_destination_before_it_loads_the_model(here, monkeypatch):
-    for name in ("bitsandbytes", "compressed_tensors", "gguf"):
-        module = importlib.import_module(f"mono_quant_hf.hub.export_{name}")
-        monkeypatch.setattr(module, "load_quantized", lambda *_: pytest.fail("the model was loaded"))
+    exporter = importlib.import_module("mono_quant_hf.hub.export.exporter")
+    monkeypatch.setattr(exporter, "quantized_model_of", lambda *_: pytest.fail("the model was loaded"))
     for format, name in (("bitsandbytes", "documents"), ("compressed-tensors", "int8"), ("gguf", "x.gguf")):
         if format == "gguf":
             (here / name).write_text("mine")

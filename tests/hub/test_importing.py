@@ -20,7 +20,7 @@ from transformers import (
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.cli.main import main
 from mono_quant_hf.hub import HubError, export, push_to_hub, quantize_checkpoint
-from mono_quant_hf.hub.export_compressed_tensors import pack, quantization_config
+from mono_quant_hf.hub.export.compressed_tensors import pack, quantization_config
 from mono_quant_hf.modules import QuantizedModule
 from tests import tiny_models
 from tests.hub.test_export import byte_level_tokenizer, load_gguf, wide

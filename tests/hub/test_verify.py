@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.hub import HubError, verify_checkpoint
 from tests import tiny_models
+from tests.hub.test_export import mixture
 from tests.integration.families import FAMILIES
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -168,7 +169,7 @@ def test_files_and_index(copy):
     shutil.copy(shards[0], folder / "model.safetensors")
     shards[1].unlink()
     messages = " ".join(flaw.message for flaw in verify_checkpoint(folder).flaws)
-    assert f"lacks {shards[1].name}" in messages and "model.safetensors belongs to no index" in messages
+    assert f"{shards[1].name} is missing" in messages and "model.safetensors belongs to no index" in messages
     (folder / "model.safetensors.index.json").write_text("{")
     assert any("index.json is no valid JSON" in flaw.message for flaw in verify_checkpoint(folder).flaws)
 
@@ -220,3 +221,16 @@ def test_what_cannot_be_verified(folders, tmp_path):
     ]:
         with pytest.raises(HubError, match=said):
             verify_checkpoint(*arguments)
+
+
+def test_codes_of_what_cannot_be_quantized_are_named(tmp_path):
+    quantize_model(mixture()).save_pretrained(tmp_path)
+    router = "model.layers.0.mlp.gate.weight"
+    edit(
+        tmp_path,
+        lambda tensors: tensors.update({f"{router}_int8": tensors.pop(router).to(torch.int8)}),
+        router,
+    )
+    flaws = {flaw.tensor: flaw for flaw in verify_checkpoint(tmp_path).flaws}
+    assert "model.layers.0.mlp.gate stays in float" in flaws[f"{router}_int8"].message
+    assert flaws[f"{router}_int8"].file == str(tmp_path / "model.safetensors")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult
 
@@ -17,8 +17,7 @@ from mono_quant_hf.texts import one_line, shown
 from .errors import HubError
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """One number of a result: its key there, its name for readers, its type for the Hub, and how it is written."""
 
     key: str
@@ -27,7 +26,7 @@ class Metric:
     form: str
 
 
-METRICS = (
+METRICS = [
     Metric("perplexity", "perplexity", "perplexity", ".4f"),
     Metric("reference_perplexity", "perplexity of the float model", "perplexity", ".4f"),
     Metric("kl_mean", "mean KL divergence from the float model, nats", "kl_divergence", ".3g"),
@@ -38,9 +37,9 @@ METRICS = (
     ),
     Metric("cosine_min", "the smallest", "cosine_similarity", ".6f"),
     Metric("relative_error", "relative error of the output against the float model", "relative_error", ".3g"),
-)
-_STANDARD_ERRORS = {"kl_mean": "kl_standard_error"}
-_ABOUT_THE_FLOAT_MODEL = {"reference_perplexity"}
+]
+REFERENCE = "reference_perplexity"
+"""The one that is the float model's."""
 
 
 @dataclass(frozen=True)
@@ -102,62 +101,51 @@ class Evaluation:
         )
 
     def rows(self) -> list[tuple[str, str]]:
-        """The numbers for a table, each metric once: `(name, value)`."""
+        """The numbers for a table: `(name, value)`."""
         rows: dict[str, str] = {}
-        counts: dict[str, str] = {}
-        for value in self.values:
-            for metric in METRICS:
-                number = value.get(metric.key)
-                if number is not None and _finite(number) and metric.name not in rows:
-                    rows[metric.name] = _written(number, metric, value)
-            for key, name in (("tokens", "tokens scored"), ("samples", "samples")):
-                if _finite(value.get(key)):
-                    counts[name] = f"{value[key]:,}"
-        v = _merged(self.values)
-        if (
-            _finite(v.get("reference_perplexity"))
-            and v["reference_perplexity"]
-            and _finite(v.get("perplexity"))
-        ):
-            change = 100 * (v["perplexity"] / v["reference_perplexity"] - 1)
-            rows["perplexity"] = f"{v['perplexity']:.4f} ({change:+.3f} %)"
-        return [*rows.items(), *counts.items()]
+        # Those of a comparison first, whose two perplexities are of the same tokens.
+        found = _found(sorted(self.values, key=lambda value: REFERENCE not in value))
+        for metric in METRICS:
+            if metric not in found:
+                continue
+            number, value = found[metric]
+            rows[metric.name] = format(number, metric.form)
+            if metric.key == "kl_mean" and _finite(error := value.get("kl_standard_error")):
+                rows[metric.name] += f" ± {error:.1g}"
+            if metric.key == "perplexity" and _finite(reference := value.get(REFERENCE)) and reference:
+                rows[metric.name] += f" ({100 * (number / reference - 1):+.3f} %)"
+        for key, name in (("tokens", "tokens scored"), ("samples", "samples")):
+            counts = [value[key] for value in self.values if _finite(value.get(key))]
+            if counts:
+                rows[name] = f"{counts[-1]:,}"
+        return list(rows.items())
 
     def eval_results(self, task: str) -> list[EvalResult]:
         """The numbers of the quantized model for the Hub's `model-index`."""
-        found: dict[tuple[str, str], EvalResult] = {}
-        for value in self.values:
-            for metric in METRICS:
-                number = value.get(metric.key)
-                if not _finite(number) or metric.key in _ABOUT_THE_FLOAT_MODEL:
-                    continue
-                found.setdefault(
-                    (metric.type, metric.name),
-                    EvalResult(
-                        task_type=task,
-                        dataset_type="text" if "tokens" in value else "custom",
-                        dataset_name=re.sub(
-                            "[<>]", "", one_line(self.dataset)
-                        ),  # some readers take metadata for text
-                        metric_type=metric.type,
-                        metric_name=metric.name,
-                        metric_value=number,
-                    ),
-                )
-        return list(found.values())
+        return [
+            EvalResult(
+                task_type=task,
+                dataset_type="text" if "tokens" in value else "custom",
+                dataset_name=re.sub(
+                    "[<>]", "", one_line(self.dataset)
+                ),  # some readers take metadata for text
+                metric_type=metric.type,
+                metric_name=metric.name,
+                metric_value=number,
+            )
+            for metric, (number, value) in _found(self.values).items()
+            if metric.key != REFERENCE
+        ]
 
 
-def _written(number: float, metric: Metric, value: Mapping[str, Any]) -> str:
-    error = value.get(_STANDARD_ERRORS.get(metric.key, ""))
-    return format(number, metric.form) + (f" ± {error:.1g}" if _finite(error) else "")
-
-
-def _merged(values: list[dict[str, Any]]) -> dict[str, Any]:
-    """All numbers in one dictionary; those of a comparison win, so that both perplexities are of the same tokens."""
-    merged: dict[str, Any] = {}
-    for value in sorted(values, key=lambda v: "reference_perplexity" in v):
-        merged |= value
-    return merged
+def _found(values: Iterable[dict[str, Any]]) -> dict[Metric, tuple[float, dict[str, Any]]]:
+    """Each metric once, the first there is, with the result that it is of."""
+    found: dict[Metric, tuple[float, dict[str, Any]]] = {}
+    for value in values:
+        for metric in METRICS:
+            if _finite(value.get(metric.key)):
+                found.setdefault(metric, (value[metric.key], value))
+    return found
 
 
 def _finite(number: Any) -> bool:

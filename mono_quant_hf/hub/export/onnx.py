@@ -9,97 +9,53 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mono_quant_hf.hub.errors import HubError
 from mono_quant_hf.kernels import use_kernel
-from mono_quant_hf.modules import QuantizedModule
+from mono_quant_hf.versions import require
 
-from .errors import HubError
-from .exporting import load_quantized
-from .folders import check_destination, copy_companions, written_beside
+from .exporter import Exporter
 
 FILE = "model.onnx"
 FLOAT, INT8 = 1, 3
 """ONNX's numbers for dtypes."""
 
 
-def export_onnx(
-    model: PreTrainedModel | str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    *,
-    tokenizer: Any = None,
-    overwrite: bool = False,
-    activations: str | None = None,
-    inputs: dict[str, Tensor] | None = None,
-) -> None:
-    """Write a model quantized by mono_quant_hf as `model.onnx`, its config and its tokenizer, computing in float32.
+class OnnxExporter(Exporter):
+    """Writes `model.onnx`, computing in float32, with its config and tokenizer.
 
     The graph is a forward pass without a cache of keys and values: what encoders, classifiers and embedders do, and
     the logits of a whole sequence. Batch and length are free.
-
-    Args:
-        model: the model, or its folder or name on the Hub.
-        destination: a folder, written whole or not at all.
-        tokenizer: saved along; a folder brings its own.
-        overwrite: replace a checkpoint that this package wrote.
-        activations: `"int8"`: int8 products, of which ONNX Runtime's dynamic quantization consists; x is rounded with
-            one scale for the whole input of a layer.
-        inputs: example inputs by name, for a model that takes neither text nor pictures. Their first dimension is the
-            batch, and stays free; so does the second of integers, the length.
-
-    Raises:
-        HubError: onnxscript is missing, the model is not quantized by mono_quant_hf, its inputs are not known, torch
-            cannot export it, or the destination is taken.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from transformers import BertConfig, BertModel
-        >>> from mono_quant_hf import quantize_model
-        >>> config = BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
-        ...                     intermediate_size=32)
-        >>> model = quantize_model(BertModel(config))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     export_onnx(model, f"{folder}/exported")
-        ...     [file.name for file in Path(folder, "exported").glob("*.onnx")]
-        ['model.onnx']
     """
-    if activations not in (None, "int8"):
-        raise HubError(f'Expected activations "int8" or None, got {activations!r}; choose one of them.')
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise HubError(
-            "Expected onnxscript, which torch's export to ONNX needs; run: pip install onnxscript"
-        ) from None
-    check_destination(destination, overwrite, model)
-    source: Path | None = None
-    if not isinstance(model, PreTrainedModel):
-        model, source = load_quantized(model)
-    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
-        raise HubError(f"{type(model).__name__} is not quantized by mono_quant_hf; quantize it first.")
-    quantized: Any = model
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        quantized = copy.deepcopy(quantized).to("cpu", torch.float32)
-    program = _exported(quantized, inputs or _example(quantized), activations)
-    with written_beside(destination, overwrite, source) as folder:
-        program.save(folder / FILE)
-        config = copy.deepcopy(quantized.config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if source is not None:
-            copy_companions(source, folder)
+
+    takes = ("activations", "inputs")
+
+    def check_destination(self) -> None:
+        if self.activations not in (None, "int8"):
+            raise HubError(
+                f'Expected activations "int8" or None, got {self.activations!r}; choose one of them.'
+            )
+        require("onnxscript", "onnx", "Writing ONNX")
+        super().check_destination()
+
+    def write(self) -> None:
+        model = self.model
+        if model.device.type != "cpu" or model.dtype != torch.float32:
+            model = copy.deepcopy(model).to("cpu", torch.float32)
+        program = _exported(model, self.inputs or _example(model), self.activations)
+        with self.folder() as folder:
+            program.save(folder / FILE)
+            config = copy.deepcopy(model.config)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            config.save_pretrained(folder)
 
 
 def _example(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -117,7 +73,7 @@ def _example(model: PreTrainedModel) -> dict[str, Tensor]:
         return {main: torch.randn(2, getattr(config, "num_channels", 3), height, width)}
     raise HubError(
         f"Expected a model of text or pictures, got {type(model).__name__}, which takes {main}"
-        f"{' and decodes' if config.is_encoder_decoder else ''}; give export_onnx example inputs (inputs={{name: "
+        f"{' and decodes' if config.is_encoder_decoder else ''}; give export example inputs (inputs={{name: "
         "tensor}})."
     )
 
