@@ -39,7 +39,7 @@ class MonoQuantConfig(QuantizationConfigMixin):
         symmetric: int8 only. False, the default, adds an int8 zero-point per output channel and uses all 256 codes;
             True keeps 0 at code 0, which other engines read more readily.
         activations: `"int8"` also rounds what goes into matrix products to int8 while the model runs, with a scale for
-            each token and the outlier columns in float: faster for many tokens where the processor multiplies int8
+            each token: faster for many tokens where the processor or the GPU multiplies int8
             (elsewhere nothing changes, and one line of log says so), for a little accuracy. int8 weights only.
         modules_to_not_convert: names of modules to leave in float, in addition to those that always are (the output
             head, and what is tied to it or to an embedding). As everywhere in transformers, a name matches from the

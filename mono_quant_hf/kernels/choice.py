@@ -9,7 +9,7 @@ name of a way, which is then taken wherever it can be:
 - `triton`: CUDA, ROCm, XPU: codes and float16 weights become half precision within a kernel; from 512 tokens on, blocks
   of rows in memory, for torch's matmul
 - `portable`: everywhere, in torch's own operations: expand, then torch's matmul
-- `int8`: x in int8 too, by our kernel (VNNI) or torch's integer matmul; only in layers that ask for int8 activations
+- `int8`: x in int8 too (VNNI, or Triton from 17 tokens on); only in layers that ask for int8 activations
 """
 
 import logging
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from . import cpu, gpu
-from .int8_activations import FEWEST_TOKENS, LONGEST, by_kernel, has_units, is_exact
 
 log = logging.getLogger("mono_quant_hf")
 
@@ -184,25 +183,24 @@ def decide_int8(
         return Choice("", f"x is {x_dtype}")
     if setting not in ("auto", "int8"):
         return Choice("", f"{setting} was asked for")
-    if k > LONGEST:
-        return Choice("", f"{k} input features are more than {LONGEST}")
-    if tokens < FEWEST_TOKENS:
-        return Choice("", f"{tokens} tokens are fewer than {FEWEST_TOKENS}")
     if device == "cpu":
-        if cpu.forked():
-            return Choice("", "torch's matmul may wait for ever after a fork")
-        if not is_exact(k):
-            return _no_gain("torch's integer matmul is not exact on this processor")
+        processor = cpu.load()
+        if processor is None:
+            return _no_gain(cpu.why_missing())
+        if not processor.byte_planes("int8", k):
+            return Choice("", f"{k} input features are too many for int32")
         if setting == "int8":
             return Choice("int8", "it was asked for")
         if _is_small(n, k):
             return Choice("", "the weight is small")
-        if not has_units():
+        if not processor.BYTE_UNITS:
             return _no_gain("this processor has no int8 matrix instructions")
-        return Choice("int8", f"int8 products in hardware, by {'our kernel' if by_kernel(k) else 'torch'}")
-    if device == "cuda":
-        if n % 8 or k % 8:
-            return Choice("", f"{n} x {k} are no multiples of 8")
+        return Choice("int8", "int8 products in hardware")
+    if device == "cuda" and not gpu.why_missing(torch.device(device)):
+        if x_dtype not in gpu.HALVES:
+            return Choice("", f"x is {x_dtype}")
+        if tokens < gpu.FEWEST_INT8_TOKENS:
+            return Choice("", f"{tokens} tokens are fewer than {gpu.FEWEST_INT8_TOKENS}")
         return Choice("int8", "int8 products in hardware")
     if device == "meta":
         return Choice("", "the device is meta")

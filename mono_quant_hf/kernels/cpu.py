@@ -1,8 +1,8 @@
 """The compiled CPU kernels from Python's side: load them once, pass addresses, say what happened.
 
 `float`: int8 codes (one token) or float16 weights, multiplied in float32 as they stream by.
-`int16`: int8 codes by the tokens' values as int16 codes of their own, with a scale for each token.
-`int8`: the same with int8 codes, but for a few columns of outliers.
+`int16`: int8 codes by the tokens' values as codes of 16 bits, with a scale for each token.
+`int8`: the same with codes of 8 bits, but for tokens whose values are far apart.
 """
 
 import ctypes
@@ -172,7 +172,6 @@ def linear(
     zero_point: Tensor | None,
     bias: Tensor | None,
     usual: bool = False,
-    outlier_columns: int = 0,
 ) -> Tensor:
     """`x Wᵀ + b` by the way "float", "int16" or "int8". No gradient; a weight [N, K] without gaps, on the CPU.
 
@@ -195,7 +194,7 @@ def linear(
     else:
         out = x.new_empty(*shape[:-1], n)
     if n:
-        _enter(way, weight, scale, zero_point, bias, x, out, outlier_columns)
+        _enter(way, weight, scale, zero_point, bias, x, out)
     return out.to(given) if given is torch.float16 else out
 
 
@@ -221,7 +220,6 @@ def _enter(
     bias: Tensor | None,
     x: Tensor | None,
     out: Tensor,
-    outlier_columns: int = 0,
 ) -> None:
     """Call the entry of this name in a workspace as large as it asks for. Every tensor is without gaps."""
     assert _runtime.compiled is not None, "choice.py asks for a compiled way only where load() gave one"
@@ -234,7 +232,7 @@ def _enter(
         n,
         k,
         0 if x is None else x.numel() // k,
-        outlier_columns,
+        _runtime.compiled.byte_planes(name, k),
         weight.data_ptr() or _no_memory("weight"),
         0 if scale is None else scale.data_ptr() or _no_memory("scale"),
         0 if zero_point is None else zero_point.data_ptr() or _no_memory("zero_point"),

@@ -18,6 +18,8 @@ from .portable import part_of, row_blocks, without_autocast
 HALVES = (torch.bfloat16, torch.float16)
 MANY_TOKENS = 512
 """From here on arithmetic is the limit, not memory: torch's own matmul on expanded rows is left to do it."""
+FEWEST_INT8_TOKENS = 17
+"""With fewer, memory is the limit and rounding x gains nothing."""
 MANY_ROWS = 8192
 """Of a weight: fewer are cut into narrower tiles, so that there are enough of them for a GPU's processors."""
 

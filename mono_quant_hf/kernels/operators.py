@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, cpu, gpu, int8_activations, portable
+from . import blocks, cpu, gpu, portable
 from .choice import decide, decide_for, decide_int8_for, get_kernel
 from .operands import Column, check, check_kinds, check_memory, is_plain
 
@@ -38,8 +38,8 @@ def linear(
         scale: [N, 1] float32 for int8 codes; None for float16.
         zero_point: [N, 1] int8, or None for symmetric codes.
         bias: [N] floating, or None.
-        activations: `"int8"` rounds x to int8 with a scale for each token, but for its outlier columns, where
-            there are int8 codes, 17 tokens or more and a device that gains by it; see `choose`.
+        activations: `"int8"` rounds x to int8 with a scale for each token, where there are int8 codes and a device
+            that gains by it; see `choose`. On a CPU tokens whose values are far apart keep 16 bits.
 
     Returns:
         [..., N] in the dtype of `x`, with and without autocast.
@@ -61,13 +61,9 @@ def linear(
         return _compute(x, weight, scale, zero_point, bias, activations)
     # In plain operations, which a compiler may fuse. Where Triton is, a kernel of ours that reads codes does better
     # than what Inductor makes of them, which is a half-precision weight in memory.
-    fused = get_kernel() == "portable" or not (x.is_cpu or x.is_meta or not gpu.why_missing(x.device))
-    if fused or (activations is not None and not x.is_cpu):
+    if get_kernel() == "portable" or not (x.is_cpu or x.is_meta or not gpu.why_missing(x.device)):
         (check if plain else check_kinds)(x, weight, scale, zero_point, bias)
-        if activations is not None and not decide_int8_for(x, weight).name:
-            activations = None
-        if fused or activations is not None:
-            return _Product.apply(False, activations, x, weight, scale, zero_point, bias)
+        return _Product.apply(False, None, x, weight, scale, zero_point, bias)
     return _ops.linear.default(x, weight, scale, zero_point, bias, activations)
 
 
@@ -118,7 +114,9 @@ def _compute(
     """The product by the way chosen, without gradient."""
     usual = check(x, weight, scale, zero_point, bias)
     if activations is not None and scale is not None and decide_int8_for(x, weight).name:
-        return int8_activations.linear(x, weight, scale, zero_point, bias)
+        if x.is_cpu:
+            return cpu.linear("int8", x, weight.contiguous(), scale, zero_point, bias, usual)
+        return gpu.linear_int8(x, weight.contiguous(), scale, zero_point, bias)
     name = decide_for(x, weight, usual).name
     if name == "portable":
         return portable.linear(x, weight, scale, zero_point, bias)
@@ -180,8 +178,6 @@ class _Product(torch.autograd.Function):
         if by_operator:
             with torch._C._AutoDispatchBelowAutograd():
                 return _ops.linear.default(x, weight, scale, zero_point, bias, activations)
-        if activations is not None and scale is not None:
-            return int8_activations.linear(x, weight, scale, zero_point, bias)
         return portable.linear(x, weight, scale, zero_point, bias)
 
     @staticmethod

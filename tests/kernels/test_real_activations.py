@@ -43,3 +43,18 @@ def test_every_token_and_layer_of_smollm2_is_60_decibels_from_float_arithmetic(s
     assert steepest > 1000  # the hard case is among them
     name, (decibels, token) = min(lowest.items(), key=lambda item: item[1][0])
     assert decibels >= 60, f"{name}, token {token}: {decibels:.1f} dB"
+
+
+@pytest.mark.real_model
+def test_int8_activations_keep_the_perplexity_of_smollm2(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = tokenizer(pydoc_data.topics.topics["for"], return_tensors="pt").input_ids[:, :256]
+    losses = []
+    for activations in (None, "int8"):
+        model = AutoModelForCausalLM.from_pretrained(
+            smollm2, dtype=torch.float32, quantization_config=MonoQuantConfig(activations=activations)
+        )
+        with torch.no_grad():
+            losses.append(float(model(ids, labels=ids).loss))
+    plain, rounded = losses
+    assert abs(rounded - plain) < 0.01  # 1 % of perplexity

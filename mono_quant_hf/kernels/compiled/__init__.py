@@ -11,7 +11,7 @@ From the bottom up:
 from .codes import encode, expand
 from .floats import linear_floats
 from .instructions import CACHE
-from .integers import LONGEST_BYTES, linear_integers
+from .integers import byte_planes, linear_integers
 from .tiles import BYTE_UNITS, HALF, INTEGER_UNITS, STREAMS_FLOATS, VECTOR_BYTES, X86
 
 __all__ = [
@@ -20,10 +20,10 @@ __all__ = [
     "ENTRIES",
     "HALF",
     "INTEGER_UNITS",
-    "LONGEST_BYTES",
     "STREAMS_FLOATS",
     "VECTOR_BYTES",
     "X86",
+    "byte_planes",
 ]
 ENTRIES = {
     "float": linear_floats,

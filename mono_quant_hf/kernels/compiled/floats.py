@@ -3,7 +3,7 @@
 import numpy as np
 
 from .instructions import at, inline, inline_summing
-from .tiles import CODES, HALF, HALVES, NOTHING, ROWS, TOKENS, dots
+from .tiles import CODES, HALF, HALVES, ROWS, TOKENS, dots
 from .workspace import LITTLE, begin, by_chunks, entry, finish, lay_out, rows_in_chunk, widen, x_bytes, zero
 
 
@@ -40,7 +40,7 @@ def _by_rows(kind):
                 rows = ROWS if last - row >= ROWS else 1
                 w = a.weight + w_bytes * k * row
                 zero(sums, rows * tokens)
-                add(rows, tokens, (w, w_bytes * k, x, 4 * k, k), NOTHING, sums)
+                add(rows, tokens, (w, w_bytes * k, x, 4 * k, k), sums)
                 for r in range(rows):
                     for t in range(tokens):
                         total = np.float64(dot[t * rows + r])

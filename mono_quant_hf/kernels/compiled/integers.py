@@ -1,19 +1,22 @@
 """int8 codes by the tokens' values as codes of their own, with a scale for each token; products are summed in integers.
 
-Codes of x have 16 bits; or 8, but for the few columns of outliers (int8 activations).
+The codes of a token are planes, each of which is a row to multiply by, with a step of its own: one of int16, or two of
+int8, the second for what the first leaves; and as many more where its values are so far apart that a typical one would
+keep too few bits. So a token's result depends on itself alone.
 """
 
 import numpy as np
 
 from .floats import plain_dot
 from .instructions import at, inline, inline_always, inline_summing, prefetch, same_bits
-from .tiles import BYTES, INT16, LANES, NOTHING, ROWS, TOKENS, dots, scale_dots
+from .tiles import BYTES, INT16, LANES, ROWS, TOKENS, dots, scale_dots, to_floats
 from .workspace import (
     FLOAT32,
     LITTLE,
     begin,
     by_chunks,
     entry,
+    finish,
     lay_out,
     next_chunk,
     own_slice,
@@ -21,7 +24,6 @@ from .workspace import (
     read_bias,
     rows_in_chunk,
     widen,
-    widen_row,
     write,
     x_bytes,
     zero,
@@ -30,53 +32,69 @@ from .workspace import (
 # |codes of x| <= 32767 and |codes of w| <= 128, so 511 products fit one int32; lanes are added as floats.
 _LARGEST = 32767
 _LONGEST = 510 * LANES
-# The same for codes of x in 8 bits: k products of up to 255 * 128, and k / 32 of up to 32767 * 128, in int32 lanes.
-LONGEST_BYTES = 13_000 * LANES
+_LONGEST_OF_BYTES = 65_000  # the same for codes of x in 8 bits: so many products of 255 * 128 fit one int32
+# |first plane| <= 127 where that times 256, and what the second adds, are 16 bits.
+_LARGEST_OF_TWO = 127 * 256 + 127
 # A typical entry of x under this many steps of its token's scale would lose accuracy (60 dB for a result made
-# of typical entries alone, as 20 log10(256 * sqrt(12 * pi / 2))): such a token gets a second plane of codes.
+# of typical entries alone, as 20 log10(256 * sqrt(12 * pi / 2))): such a token gets more planes of codes.
 _FEWEST_STEPS = 256.0
-_PEAK_COLUMNS = 256  # of x, whose peaks a worker finds at once
+_FEWEST_STEPS_OF_8_BITS = 5.0  # SmolLM2: 0.3 % of its perplexity, two planes for a quarter of its products
+_REST = 0.51  # of a step: what is left of a value that was rounded to it, and a little more
 
 _add_int16 = inline(dots(INT16))
-_add_bytes = inline_always(dots(BYTES, INT16))  # a call with so many numbers costs as much as a short product
-_FEW_WIDE = INT16.wide
+_add_bytes = inline_always(dots(BYTES))  # a call with so many numbers costs as much as a short product
 
 
-# ---------------------------------------------------------------- the codes of x: 16 bits
-
-
-def _rounding(integer, offset, sum_type):
-    @inline
-    def quantize(values, k, codes, inverse):
-        """codes = round(values * inverse) + offset; the sum of the codes without the offset."""
-        source, target = at(np.float32, values), at(integer, codes)
-        total = sum_type(0)
-        for i in range(k):
-            code = np.int32(np.rint(source[i] * inverse))
-            target[i] = integer(code + np.int32(offset))
-            total += code
-        return total
-
-    return quantize
-
-
-_quantize = _rounding(np.int16, 0, np.int64)
-_quantize_bytes = _rounding(np.uint8, 128, np.int32)
+# ---------------------------------------------------------------- the planes of x
 
 
 @inline
-def _quantize_rest(values, k, codes, step, rest, rest_step):
-    """The second plane: what `codes` left of `values`, at most half a step, as codes of its own."""
-    source, first, target = at(np.float32, values), at(np.int16, codes), at(np.int16, rest)
-    inverse = np.float32(1.0) / rest_step
+def _quantize_int16(values, k, codes, inverse):
+    """codes = round(values * inverse), and their sum."""
+    source, target = at(np.float32, values), at(np.int16, codes)
     total = np.int64(0)
     for i in range(k):
-        # in float64, where code * step is exact
-        left = np.float64(source[i]) - np.float64(first[i]) * np.float64(step)
-        code = np.int32(np.rint(np.float32(left) * inverse))
+        code = np.int32(np.rint(source[i] * inverse))
         target[i] = np.int16(code)
         total += code
     return total
+
+
+@inline
+def _quantize_byte(values, k, codes, inverse):
+    """The same with 128 added to the codes, which are unsigned."""
+    source, target = at(np.float32, values), at(np.uint8, codes)
+    total = np.int32(0)
+    for i in range(k):
+        code = np.int32(np.rint(source[i] * inverse))
+        target[i] = np.uint8(code + np.int32(128))
+        total += code
+    return np.int64(total)
+
+
+@inline
+def _quantize_bytes(values, k, codes, inverse):
+    """256 * high + low = round(values * inverse): two planes, and the sums of each."""
+    source, high, low = at(np.float32, values), at(np.uint8, codes), at(np.uint8, codes + k)
+    highs, lows = np.int32(0), np.int32(0)
+    for i in range(k):
+        code = np.int32(np.rint(source[i] * inverse))
+        first = (code + np.int32(128)) >> np.int32(8)
+        second = code - (first << np.int32(8))
+        high[i], low[i] = np.uint8(first + np.int32(128)), np.uint8(second + np.int32(128))
+        highs += first
+        lows += second
+    return np.int64(highs), np.int64(lows)
+
+
+@inline
+def _leave(values, k, step, rest):
+    """rest = values - round(values / step) * step, exactly enough: in float64."""
+    source, target = at(np.float32, values), at(np.float32, rest)
+    inverse = _inverse(step)
+    for i in range(k):
+        code = np.float64(np.rint(source[i] * inverse))
+        target[i] = np.float32(np.float64(source[i]) - code * np.float64(step))
 
 
 @inline_summing
@@ -97,201 +115,166 @@ def _inverse(step):
 
 
 @by_chunks
-def _int16_pass(a, token, _, own):
-    k, m = a.k, a.m
-    values, codes = widen(a, token), a.int16_codes + 2 * k * token
-    steps, sums = at(np.float32, a.steps), at(np.float64, a.sums)
-    bits, total = _size(values, k)
+def _count_pass(a, token, _, own):
+    """How many planes a token has; 0 where it has no codes: NaN, infinite or tiny values."""
+    k = a.k
+    planes = at(np.int64, a.planes)
+    bits, total = _size(widen(a, token), k)
     largest = same_bits(np.float32, bits)
-    steps[token], steps[m + token] = np.float32(-1.0), np.float32(0.0)
+    planes[token] = 0
     if bits >= 0x7F800000 or (largest < np.float32(1e-25) and bits != 0):
         return
-    step = largest / np.float32(_LARGEST)
-    steps[token] = step
-    sums[token] = np.float64(_quantize(values, k, codes, _inverse(step)))
-    if k > 1 and (total - largest) / np.float32(k - 1) < np.float32(_FEWEST_STEPS) * step:
-        rest_step = step * np.float32(0.51 / _LARGEST)
-        steps[m + token] = rest_step
-        sums[m + token] = np.float64(_quantize_rest(values, k, codes, step, codes + 2 * k * m, rest_step))
-
-
-# ---------------------------------------------------------------- the codes of x: 8 bits, and 16 for outliers
-
-
-@inline
-def _raise_peaks(peaks, x, count):
-    """peaks = max(peaks, bits of |x|), where x is a number."""
-    source, target = at(np.int32, x), at(np.int32, peaks)
-    for i in range(count):
-        size = np.int32(source[i] & np.int32(0x7FFFFFFF))
-        target[i] = max(target[i], size if size < np.int32(0x7F800000) else np.int32(0))
-
-
-@by_chunks
-def _peaks_pass(a, first, last, wide):
-    count = last - first
-    zero(a.peaks + 4 * first, count)
-    for token in range(a.m):
-        row = a.x + 4 * (token * a.k + first)
-        if a.dtype != FLOAT32:
-            row = wide
-            widen_row(a.x + 2 * (token * a.k + first), count, row)
-        _raise_peaks(a.peaks + 4 * first, row, count)
+    typical = (total - largest) / np.float32(max(k - 1, 1))
+    spread = k > 1 and typical < np.float32(_FEWEST_STEPS / _LARGEST) * largest
+    if a.byte_planes == 0:
+        planes[token] = 2 if spread else 1
+    elif a.byte_planes == 1 and typical >= np.float32(_FEWEST_STEPS_OF_8_BITS / 127.0) * largest:
+        planes[token] = 1
+    else:
+        planes[token] = 4 if spread and TOKENS == 4 else 2
 
 
 @inline
-def _choose_columns(a):
-    """The `FEW` columns with the largest peaks, in their order."""
-    k, few, peaks, columns = a.k, a.few, at(np.int32, a.peaks), at(np.int64, a.columns)
-    threshold = np.int32(0)  # the largest number that `few` peaks reach, found bit by bit
-    for bit in range(30, -1, -1):
-        higher = np.int32(threshold | np.int32(np.int32(1) << np.int32(bit)))
-        reached = 0
-        for i in range(k):
-            reached += peaks[i] >= higher
-        if reached >= few:
-            threshold = higher
-    ties = few
-    for i in range(k):
-        ties -= peaks[i] > threshold
+def _place_planes(a):
+    """The first plane of each token, those of many planes first, so that no tile holds a part of a token."""
+    planes, starts = at(np.int64, a.planes), at(np.int64, a.starts)
     place = 0
-    for i in range(k):
-        if peaks[i] > threshold or (peaks[i] == threshold and ties > 0):
-            ties -= peaks[i] == threshold
-            columns[place] = i
-            place += 1
+    for step in range(3):
+        count = 4 >> step
+        for token in range(a.m):
+            if planes[token] == count:
+                starts[token] = place
+                place += count
+    a.rows = place
+    a.without_codes = 0
+    for token in range(a.m):
+        a.without_codes += planes[token] == 0
 
 
 @by_chunks
-def _bytes_pass(a, token, _, scratch):
-    """One step for all codes of a token: int8 ones but for the outlier columns, whose codes have 16 bits."""
-    k, few = a.k, a.few
-    values = widen(a, token)
-    steps, sums = at(np.float32, a.steps), at(np.float64, a.sums)
-    source, rest = at(np.float32, values), at(np.float32, scratch)
-    columns, outliers = at(np.int64, a.columns), at(np.int16, a.int16_codes + 2 * few * token)
-    for i in range(k):
-        rest[i] = source[i]
-    most = np.float32(0.0)
-    for i in range(few):
-        value = abs(source[columns[i]])
-        most = value if value > most or value != value else most
-        rest[columns[i]] = np.float32(0.0)
-    bits, _ = _size(scratch, k)
-    largest = same_bits(np.float32, bits)
-    step = max(largest / np.float32(127.0), most / np.float32(_LARGEST))
-    steps[token], steps[a.m + token] = np.float32(-1.0), np.float32(0.0)
-    if most != most or not np.isfinite(step) or (step < np.float32(1e-27) and step > np.float32(0.0)):
+def _codes_pass(a, token, _, rest):
+    k = a.k
+    count = at(np.int64, a.planes)[token]
+    if count == 0:
         return
-    if largest > np.float32(0.0) and step * np.float32(63.0) > largest:
-        return  # outliers so large that the rest would be left with less than 7 bits
-    steps[token] = step
-    inverse, total = _inverse(step), np.int64(0)
-    for i in range(few):
-        code = np.int32(np.rint(source[columns[i]] * inverse))
-        outliers[i] = np.int16(code)
-        total += code
-    sums[token] = np.float64(total + _quantize_bytes(scratch, k, a.byte_codes + k * token, inverse))
+    place = at(np.int64, a.starts)[token]
+    values = a.floats + 4 * k * token
+    steps, sums = at(np.float64, a.steps), at(np.float64, a.sums)
+    bits, _ = _size(values, k)
+    largest = same_bits(np.float32, bits)
+    at(np.int64, a.tokens)[place] = token
+    first_step, total = np.float64(0.0), np.float64(0.0)
+    i = 0
+    while i < count:
+        plane = place + i
+        if a.byte_planes == 0 or count == 1:
+            step = largest / np.float32(_LARGEST if a.byte_planes == 0 else 127)
+            if a.byte_planes == 0:
+                low = _quantize_int16(values, k, a.codes + 2 * k * plane, _inverse(step))
+            else:
+                low = _quantize_byte(values, k, a.codes + k * plane, _inverse(step))
+            of_plane, high, planes = np.float64(step), np.int64(0), 1
+        else:
+            step = largest / np.float32(_LARGEST_OF_TWO)
+            high, low = _quantize_bytes(values, k, a.codes + k * plane, _inverse(step))
+            of_plane, planes = 256.0 * np.float64(step), 2
+        if i == 0:
+            first_step = of_plane if of_plane != 0.0 else 1.0
+        steps[plane] = of_plane / first_step
+        total += (np.float64(high) if planes == 2 else np.float64(low)) * steps[plane]
+        if planes == 2:
+            steps[plane + 1] = np.float64(step) / first_step
+            total += np.float64(low) * steps[plane + 1]
+        i += planes
+        if i < count:
+            _leave(values, k, step, rest)
+            values, largest = rest, step * np.float32(_REST)
+    steps[place], sums[place] = first_step, total
 
 
 # ---------------------------------------------------------------- products
 
 
 @inline
-def _int16_dots(rows, tokens, w, x, k, sums):
-    """sums[t, r] += w[r] . x[t], int8 by int16, `_LONGEST` products at a time."""
-    for done in range(0, k, _LONGEST):
-        operands = (w + done, k, x + 2 * done, 2 * k, min(_LONGEST, k - done))
-        _add_int16(rows, tokens, operands, NOTHING, sums)
-
-
-@inline
-def _tile_dots(a, rows, tokens, row, token, chunk, sums):
-    """sums[t, r] = w[row + r] . x[token + t] by the codes of x; `chunk` is what `_gather` made of the rows' chunk."""
-    k, few, w = a.k, a.few, a.weight + a.k * row
-    if few == 0:
-        zero(sums, rows * tokens)
-        _int16_dots(rows, tokens, w, a.int16_codes + 2 * k * token, k, sums)
+def _tile_dots(a, rows, planes, row, plane, offsets, sums):
+    """sums[p, r] = w[row + r] . codes of plane + p, exact where they are int8; `offsets` belong to the rows."""
+    k, w = a.k, a.weight + a.k * row
+    if a.byte_planes == 0:
+        zero(sums, rows * planes)
+        for done in range(0, k, _LONGEST):  # int8 by int16, `_LONGEST` products at a time
+            operands = (w + done, k, a.codes + 2 * (k * plane + done), 2 * k, min(_LONGEST, k - done))
+            _add_int16(rows, planes, operands, sums)
         return
-    first, offsets, few_weights = chunk
-    target, source = at(np.float32, sums), at(np.float32, offsets + 4 * (row - first))
-    for t in range(tokens):
+    target, source = at(np.int32, sums), at(np.int32, offsets)
+    for p in range(planes):
         for r in range(rows):
-            target[t * rows + r] = source[r]
-    few_w, few_x = few_weights + few * (row - first), a.int16_codes + 2 * few * token
-    more = (few_w, few, few_x, 2 * few, few // _FEW_WIDE)
-    _add_bytes(rows, tokens, (w, k, a.byte_codes + k * token, k, k), more, sums)
+            target[p * rows + r] = source[r]
+    _add_bytes(rows, planes, (w, k, a.codes + k * plane, k, k), sums)
 
 
 @inline
-def _gather(a, first, last, offsets, few_weights):
-    """The outlier columns of some rows of the weight; and what the 128 added to the codes of x make of each row."""
-    k, few, columns = a.k, a.few, at(np.int64, a.columns)
-    zero(offsets, last - first)
-    for row in range(first, last):
-        w = a.weight + k * row
-        codes, target = at(np.int8, w), at(np.int8, few_weights + few * (row - first))
-        for i in range(few):
-            target[i] = codes[columns[i]]
-        offset = offsets + 4 * (row - first)
-        _add_bytes(1, 1, (w, k, a.byte_codes + k * a.m, k, k), NOTHING, offset)
-        at(np.float32, offset)[0] *= np.float32(-128.0)
-
-
-@inline
-def _tell_rows(a, first, last, rows):
-    """Scale, zero-point and bias of some rows of the weight as float64 [3, chunk], for `_finish`."""
-    told, chunk = at(np.float64, rows), a.chunk
+def _tell_rows(a, first, last, told):
+    """Scale, zero-point and bias of some rows of the weight as float64 [3, chunk], for `_finish`; then what the 128
+    added to int8 codes of x makes of each row.
+    """
+    values, chunk = at(np.float64, told), a.chunk
+    offsets = told + 8 * 3 * chunk
     for row in range(first, last):
         place = row - first
-        told[place] = np.float64(at(np.float32, a.scale)[row])
-        told[chunk + place] = 0.0 if a.zero_point == 0 else np.float64(at(np.int8, a.zero_point)[row])
-        told[2 * chunk + place] = 0.0 if a.bias == 0 else np.float64(read_bias(a, row))
+        values[place] = np.float64(at(np.float32, a.scale)[row])
+        values[chunk + place] = 0.0 if a.zero_point == 0 else np.float64(at(np.int8, a.zero_point)[row])
+        values[2 * chunk + place] = 0.0 if a.bias == 0 else np.float64(read_bias(a, row))
+        if a.byte_planes != 0:
+            offset = at(np.int32, offsets + 4 * place)
+            offset[0] = 0
+            ones = (a.weight + a.k * row, a.k, a.codes + a.k * a.rows, a.k, a.k)
+            _add_bytes(1, 1, ones, offsets + 4 * place)
+            offset[0] *= np.int32(-128)
 
 
 @inline
-def _special_dots(a, row, rows, t, sums, told, extra):
-    """The dots of a token that has a second plane, or no codes at all, without the zero-points; their step."""
-    k, m = a.k, a.m
-    steps, totals, dots = at(np.float32, a.steps), at(np.float64, a.sums), at(np.float32, sums)
-    step = np.float64(steps[t]) if steps[t] >= np.float32(0.0) else 1.0
-    for r in range(rows):
-        w, zero_point = a.weight + k * (row + r), at(np.float64, told)[a.chunk + r]
-        if steps[t] < np.float32(0.0):
-            dots[r] = np.float32(plain_dot(w, a.floats + 4 * k * t, k, zero_point))
-        else:
-            zero(extra, 1)
-            _int16_dots(1, 1, w, a.int16_codes + 2 * k * (m + t), k, extra)
-            left = np.float64(at(np.float32, extra)[0]) - zero_point * totals[m + t]
-            total = np.float64(dots[r]) - zero_point * totals[t]
-            dots[r] = np.float32(total + left * (np.float64(steps[m + t]) / step))
-    return step
-
-
-@inline
-def _finish(a, row, rows, token, tokens, sums, told):
-    """Scale, add the bias, write: y of `ROWS` rows or fewer, and of some tokens."""
-    steps, totals = at(np.float32, a.steps), at(np.float64, a.sums)
-    for t in range(token, token + tokens):
-        dots, step, total = sums + 4 * ROWS * (t - token), np.float64(steps[t]), totals[t]
-        if steps[t] < np.float32(0.0) or steps[a.m + t] != np.float32(0.0):
-            step, total = _special_dots(a, row, rows, t, dots, told, sums + 4 * ROWS * TOKENS), 0.0
-        place = t * a.n + row
+def _finish(a, row, rows, plane, planes, sums, told):
+    """Scale, add the bias, write: y of `ROWS` rows or fewer, and of the tokens of some planes."""
+    steps, totals, counts = at(np.float64, a.steps), at(np.float64, a.sums), at(np.int64, a.planes)
+    p = plane
+    while p < plane + planes:
+        token = at(np.int64, a.tokens)[p]
+        count, step, total = counts[token], steps[p], totals[p]
+        dots = sums + 4 * ROWS * (p - plane)
+        if a.byte_planes != 0:
+            for i in range(count):
+                to_floats(dots + 4 * ROWS * i)
+        own = at(np.float32, dots)
+        for i in range(1, count):
+            for r in range(rows):
+                own[r] += np.float32(np.float64(own[ROWS * i + r]) * steps[p + i])
+        place = token * a.n + row
         if a.dtype == FLOAT32 and rows == ROWS:
             scale_dots(dots, told, 8 * a.chunk, total, step, a.out + 4 * place)
         else:
             scale_dots(dots, told, 8 * a.chunk, total, step, dots)
             for r in range(rows):
-                write(a, place + r, at(np.float32, dots)[r])
+                write(a, place + r, own[r])
+        p += count
+
+
+@inline
+def _without_codes(a, first, last):
+    """Tokens that have none, in floats."""
+    k, counts = a.k, at(np.int64, a.planes)
+    for token in range(a.m):
+        if counts[token] == 0:
+            for row in range(first, last):
+                zero_point = 0.0 if a.zero_point == 0 else np.float64(at(np.int8, a.zero_point)[row])
+                finish(a, row, token, plain_dot(a.weight + k * row, a.floats + 4 * k * token, k, zero_point))
 
 
 @passes
 def _products(a):
-    n, k, m, chunk = a.n, a.k, a.m, a.chunk
+    n, k, m, chunk = a.n, a.k, a.rows, a.chunk
     told = own_slice(a)  # divided as `linear_integers` says
     offsets = told + 8 * 3 * chunk
     sums = offsets + 4 * chunk
-    few_weights = sums + 4 * (ROWS * TOKENS + 1)
     following = next_chunk(a)
     while following < n:
         first, following = following, next_chunk(a)
@@ -299,55 +282,55 @@ def _products(a):
         whole = first + (last - first) // ROWS * ROWS
         # a share of the next chunk is fetched from memory beside each tile of x
         wanted, wanted_end = a.weight + k * following, a.weight + k * min(following + chunk, n)
-        share = (k * chunk * TOKENS // m + 63) // 64 * 64
+        share = (k * chunk * TOKENS // max(m, 1) + 63) // 64 * 64
         _tell_rows(a, first, last, told)
-        if a.few != 0:
-            _gather(a, first, last, offsets, few_weights)
-        gathered = (first, offsets, few_weights)
-        token = 0
-        while token < m:  # a tile's rows of x stay in the nearest cache while the chunk passes by
-            tokens = TOKENS if m - token >= TOKENS else 2 if m - token >= 2 else 1
+        if a.without_codes != 0:
+            _without_codes(a, first, last)
+        plane = 0
+        while plane < m:  # a tile's rows of x stay in the nearest cache while the chunk passes by
+            planes = TOKENS if m - plane >= TOKENS else 2 if m - plane >= 2 else 1
             for line in range(wanted, min(wanted + share, wanted_end), 64):
                 prefetch(line)
             wanted += share
             for row in range(first, whole, ROWS):
-                _tile_dots(a, ROWS, tokens, row, token, gathered, sums)
-                _finish(a, row, ROWS, token, tokens, sums, told + 8 * (row - first))
+                _tile_dots(a, ROWS, planes, row, plane, offsets + 4 * (row - first), sums)
+                _finish(a, row, ROWS, plane, planes, sums, told + 8 * (row - first))
             if whole < last:
-                for t in range(tokens):
+                for p in range(planes):
                     for row in range(whole, last):
-                        place = sums + 4 * (ROWS * t + row - whole)
-                        _tile_dots(a, 1, 1, row, token + t, gathered, place)
-                _finish(a, whole, last - whole, token, tokens, sums, told + 8 * (whole - first))
-            token += tokens
+                        place = sums + 4 * (ROWS * p + row - whole)
+                        _tile_dots(a, 1, 1, row, plane + p, offsets + 4 * (row - first), place)
+                _finish(a, whole, last - whole, plane, planes, sums, told + 8 * (whole - first))
+            plane += planes
 
 
 @entry
 def linear_integers(address, room, given):
     a = begin(address, room, given)
-    k, m, few = a.k, a.m, a.few
+    k, m = a.k, a.m
     if a.n * k * m < LITTLE:
         a.threads = 1
     several = a.threads if m * k > LITTLE else 1
     chunk = rows_in_chunk(a, k)
-    # of `_tell_rows`, of float32 offsets and sums and one sum more, and of the outlier columns of a chunk
-    slice_bytes = 8 * 3 * chunk + 4 * (chunk + ROWS * TOKENS + 1) + few * chunk
-    int16_codes, columns, byte_codes, peaks = 2 * 2 * m * k, 0, 0, 0
-    if few != 0:
-        slice_bytes = max(slice_bytes, 4 * k, 4 * _PEAK_COLUMNS)
-        int16_codes, columns, byte_codes, peaks = 2 * m * few, 8 * few, (m + 1) * k, 4 * k
-    sizes = (x_bytes(a), 8 * 2 * m, 4 * 2 * m, int16_codes, columns, byte_codes, peaks)
+    # of `_tell_rows`, and a tile's sums; or the rest of a token's values
+    slice_bytes = max(8 * 3 * chunk + 4 * (chunk + ROWS * TOKENS), 4 * k)
+    most = 2 if a.byte_planes == 0 else min(TOKENS, 4)
+    code_bytes = 2 * most * m * k if a.byte_planes == 0 else (most * m + 1) * k
+    sizes = (x_bytes(a), 8 * most * m, 8 * most * m, code_bytes, 8 * m, 8 * m, 8 * most * m)
     missing = lay_out(a, slice_bytes, sizes)
     if missing != 0:
         return missing
-    if few == 0:
-        _int16_pass(a, several, m, 1)
-    else:
-        _peaks_pass(a, several, k, _PEAK_COLUMNS)
-        _choose_columns(a)
-        ones = at(np.uint8, a.byte_codes + m * k)
+    _count_pass(a, several, m, 1)
+    _place_planes(a)
+    _codes_pass(a, several, m, 1)
+    if a.byte_planes != 0:
+        ones = at(np.uint8, a.codes + a.rows * k)
         for i in range(k):
             ones[i] = np.uint8(1)
-        _bytes_pass(a, several, m, 1)
     _products(a, a.threads, a.n, chunk)
     return 0
+
+
+def byte_planes(way, k):
+    """How many planes of int8 codes a token has at least, for this way and so many input features; 0: int16 codes."""
+    return 1 if way == "int8" and k <= _LONGEST_OF_BYTES else 0

@@ -55,7 +55,6 @@ _MULTIPLY_ADD = {  # by the products that are summed in a lane, and the lanes
     (4, 8): "llvm.x86.avx512.vpdpbusd.256",
 }
 _OPERANDS = types.UniTuple(types.int64, 5)
-NOTHING = (0, 0, 0, 0, 0)  # such operands without a product
 
 
 def _load(builder, address, kind, align):
@@ -110,7 +109,7 @@ def _add_products(builder, kind, lanes, sums, operands):
                 builder.store(accumulate(builder.load(total), w_value, x_value), total)
 
 
-def _across(builder, vectors):
+def _across(builder, vectors, add):
     """One vector with the sum of each of `vectors`: a power of two of them, and no more than each has lanes."""
     count, lanes = len(vectors), vectors[0].type.count
 
@@ -120,7 +119,7 @@ def _across(builder, vectors):
             builder.shuffle_vector(a, b, ir.Constant(index, list(range(first, 2 * lanes, 2))))
             for first in (0, 1)
         )
-        return builder.fadd(even, odd)
+        return add(even, odd)
 
     while len(vectors) > 1:
         vectors = [neighbours(*vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
@@ -131,65 +130,70 @@ def _across(builder, vectors):
     return total
 
 
-def _tile(kinds, rows, tokens, lanes):
-    """out[t, r] += sum over k of w[r, k] * x[t, k], `out` float32, for each of one or two kinds of operands.
+def _tile(kind, rows, tokens, lanes):
+    """out[t, r] += sum over k of w[r, k] * x[t, k], `out` of int32 where both have 8 bits, else of float32.
 
     Operands are the addresses and the strides, in bytes, of w and of x, and how many vectors of `lanes` are taken: (w,
-    w_stride, x, x_stride, steps). Those of two kinds are summed together before they are added up across the lanes.
+    w_stride, x, x_stride, steps).
     """
-    integer = kinds[0].x != FLOAT
+    integer, exact = kind.x != FLOAT, kind is BYTES
 
-    @instruction(types.void, _OPERANDS, _OPERANDS, types.int64)
-    def tile(context, builder, first, second, out):
+    @instruction(types.void, _OPERANDS, types.int64)
+    def tile(context, builder, operands, out):
         zero = ir.Constant(ir.VectorType(I32 if integer else FLOAT, lanes), None)
         sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(rows)] for _ in range(tokens)]
-        for kind, operands in zip(kinds, (first, second), strict=False):
-            _add_products(builder, kind, lanes, sums, operands)
+        _add_products(builder, kind, lanes, sums, operands)
         flat = [builder.load(total) for of_token in sums for total in of_token]
-        if integer:
+        if integer and not exact:
             flat = [builder.sitofp(total, ir.VectorType(FLOAT, lanes)) for total in flat]
+        add = builder.add if exact else builder.fadd
         for i in range(0, len(flat), lanes):
-            totals = _across(builder, flat[i : i + lanes])
+            totals = _across(builder, flat[i : i + lanes], add)
             where = builder.add(out, ir.Constant(I64, 4 * i))
-            _store(builder, builder.fadd(_load(builder, where, totals.type, 4), totals), where, 4)
+            _store(builder, add(_load(builder, where, totals.type, 4), totals), where, 4)
 
     return tile
 
 
-def dots(*kinds):
-    """The function `add(rows, tokens, operands, more, sums)`: sums[t, r] += w[r] . x[t], float32.
+def dots(kind):
+    """The function `add(rows, tokens, operands, sums)`: sums[t, r] += w[r] . x[t], as `_tile` has it.
 
     Args of it:
         rows, tokens: `ROWS` by `TOKENS`, 2 or 1; or 1 by any.
         operands: w, w_stride, x, x_stride (bytes), k.
-        more: of the second kind, for one token where there is one row: the same, but with steps of `Kind.wide` for k.
     """
-    kind = kinds[0]
     wide, w_bytes, x_bytes = kind.wide, kind.w_bytes, kind.x_bytes
-    full, two, one = (_tile(kinds, ROWS, tokens, LANES) for tokens in (TOKENS, 2, 1))
-    single, rest = (_tile(kinds, 1, 1, lanes) for lanes in (LANES, 1))
+    full, two, one = (_tile(kind, ROWS, tokens, LANES) for tokens in (TOKENS, 2, 1))
+    single, rest = (_tile(kind, 1, 1, lanes) for lanes in (LANES, 1))
 
-    def add(rows, tokens, operands, more, sums):
+    def add(rows, tokens, operands, sums):
         w, w_stride, x, x_stride, k = operands
         steps = k // wide
         if rows == 1:
             for t in range(tokens):
-                single((w, w_stride, x + x_stride * t, x_stride, steps), more, sums + 4 * t)
+                single((w, w_stride, x + x_stride * t, x_stride, steps), sums + 4 * t)
         elif tokens == TOKENS:
-            full((w, w_stride, x, x_stride, steps), more, sums)
+            full((w, w_stride, x, x_stride, steps), sums)
         elif tokens == 2:
-            two((w, w_stride, x, x_stride, steps), more, sums)
+            two((w, w_stride, x, x_stride, steps), sums)
         else:
-            one((w, w_stride, x, x_stride, steps), more, sums)
+            one((w, w_stride, x, x_stride, steps), sums)
         done = steps * wide
         if done < k:
             w, x = w + w_bytes * done, x + x_bytes * done
             for r in range(rows):
                 for t in range(tokens):
                     left = (w + w_stride * r, 0, x + x_stride * t, 0, k - done)
-                    rest(left, NOTHING, sums + 4 * (t * rows + r))
+                    rest(left, sums + 4 * (t * rows + r))
 
     return add
+
+
+@instruction(types.void, types.int64)
+def to_floats(context, builder, numbers):
+    """`ROWS` int32 become float32, where they are."""
+    values = _load(builder, numbers, ir.VectorType(I32, ROWS), 4)
+    _store(builder, builder.sitofp(values, ir.VectorType(FLOAT, ROWS)), numbers, 4)
 
 
 @instruction(types.void, *[types.int64] * 3, types.float64, types.float64, types.int64)

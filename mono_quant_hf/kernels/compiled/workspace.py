@@ -26,7 +26,7 @@ _GIVEN = (
     "n",
     "k",
     "m",
-    "few",  # how many columns of x are outliers, where the others are int8; 0: all codes are int16
+    "byte_planes",  # planes of int8 codes that a token of x has at least; 0: its codes are int16
     "weight",  # addresses of the caller's; 0: there is none
     "scale",
     "zero_point",
@@ -39,13 +39,12 @@ _GIVEN = (
 _PARTS = (  # where they begin
     "slices",  # one for each worker
     "floats",  # x in float32 [M, K]
-    "sums",  # of the rows of x, or of their codes: float64 [2 M]
-    "steps",  # the scale of each row of codes: float32 [2 M]; a second plane of 0 is not there, a first of -1 has no
-    # codes (NaN, infinite or tiny values) and is computed in floats
-    "int16_codes",  # of x [2 M, K]; rows M to 2 M are second planes
-    "columns",  # which are outliers: int64 [FEW]; `int16_codes` is of them alone, [M, FEW], then
-    "byte_codes",  # of the others, 128 added: uint8 [M + 1, K], 128 for outliers; the last row is all ones
-    "peaks",  # the bits of the largest |x| of each column: int32 [K]
+    "sums",  # of the rows of x, or of the codes of a token in steps of its first plane, where that is: float64
+    "steps",  # the scale of the first plane of a token, and how it fits into that of each further one: float64
+    "codes",  # planes of x, [planes, K]: int16, or uint8 with 128 added and a last one that is all ones
+    "planes",  # how many a token has: int64 [M]; none where it has no codes and is computed in floats
+    "starts",  # the first plane of a token: int64 [M]
+    "tokens",  # to which a plane belongs, of a token's first one: int64
 )
 _FIELDS = np.dtype(
     [
@@ -56,6 +55,8 @@ _FIELDS = np.dtype(
             "slice_bytes",
             "address",  # of the workspace
             "room",  # its bytes
+            "rows",  # of codes: the planes of all tokens
+            "without_codes",  # how many tokens are computed in floats
             "chunk",  # rows, tokens or columns in a chunk
             "end",  # of them all
             "counter",  # the next chunk
