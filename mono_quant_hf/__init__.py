@@ -1,30 +1,24 @@
 """int8 and float16 weights for Hugging Face transformers: quantize, load, save and run.
 
-Importing the package registers `quant_method="mono_quant"` with transformers, so that `from_pretrained` can quantize
-a float checkpoint and load a quantized one.
+Importing the package has transformers know `quant_method="mono_quant"`, so that `from_pretrained` can quantize a float
+checkpoint and load a quantized one. What that takes is imported when it is first used.
 """
 
+import importlib
 import logging
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-# What loads this package without its import (autoload.py) makes room before the package registers itself.
-if (_autoload := sys.modules.get("mono_quant_hf_autoload")) is not None:
-    _autoload.disarm()
-
-from .versions import check_versions
-
-check_versions()  # before what would fail on another version
-
-from .config import MonoQuantConfig  # noqa: E402
-from .integration import MonoQuantHfQuantizer, load_quantized, quantize_model, save_quantized  # noqa: E402
-from .texts import log_in_one_line  # noqa: E402
-
-logging.getLogger(__name__).addFilter(log_in_one_line)
+from .autoload import arm
+from .texts import log_in_one_line
 
 if TYPE_CHECKING:
+    from .config import MonoQuantConfig
     from .hub import push_to_hub
+    from .integration import MonoQuantHfQuantizer, load_quantized, quantize_model, save_quantized
+
+logging.getLogger(__name__).addFilter(log_in_one_line)
+arm(asked=True)
 
 try:
     __version__ = version("mono-quant-hf")
@@ -40,12 +34,17 @@ __all__ = [
     "quantize_model",
     "save_quantized",
 ]
+_PARTS = ("calibration", "config", "core", "evaluation", "hub", "integration", "kernels", "modules")
 
 
 def __getattr__(name: str) -> Any:
-    # Who only loads a model need not wait for what is imported to push one.
-    if name == "push_to_hub":
-        from .hub import push_to_hub
-
-        return push_to_hub
+    if name in _PARTS:
+        return importlib.import_module(f".{name}", __name__)
+    if name in __all__:
+        part = importlib.import_module(".hub" if name == "push_to_hub" else ".integration", __name__)
+        return getattr(part, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PARTS})

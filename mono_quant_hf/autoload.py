@@ -1,11 +1,13 @@
-"""Loads checkpoints of mono_quant_hf without its import: what the entry point in the group `torch.backends` calls.
+"""Registers with transformers what mono_quant_hf is for, without importing it, nor transformers.
 
-Installed as the module `mono_quant_hf_autoload` of its own, for importing a module of the package would import the
-whole package, and transformers with it. torch calls `arm` at the end of `import torch`. It puts a stand-in for
-mono_quant_hf in transformers' two tables of quantization methods, at once or, by a hook, when transformers makes them.
-A checkpoint with `"quant_method": "mono_quant"` then finds the stand-in, which imports mono_quant_hf in its place.
+`arm` puts a stand-in for mono_quant_hf in transformers' two tables of quantization methods, at once or, by a hook, when
+transformers makes them. A checkpoint with `"quant_method": "mono_quant"` then finds the stand-in, which imports
+mono_quant_hf in its place.
 
-Off with `MONO_QUANT_HF_AUTOLOAD=0`, or with torch's own `TORCH_DEVICE_BACKEND_AUTOLOAD=0`.
+`import mono_quant_hf` arms it; and `import torch`, by the entry point in the group `torch.backends`, so that
+checkpoints load where nobody imports the package. For torch this file is installed a second time, as the module
+`mono_quant_hf_autoload` of its own, which is found also where the package is not. Off with `MONO_QUANT_AUTOLOAD=0`, or
+with torch's own `TORCH_DEVICE_BACKEND_AUTOLOAD=0`.
 """
 
 import logging
@@ -13,20 +15,25 @@ import os
 import sys
 from typing import Any
 
-VARIABLE = "MONO_QUANT_HF_AUTOLOAD"
-PACKAGE = "mono_quant_hf"
+VARIABLE = "MONO_QUANT_AUTOLOAD"
+PACKAGE = "mono_quant_hf.integration"
+"""What registers with transformers."""
 METHOD = "mono_quant"
 TABLES_MODULE = "transformers.quantizers.auto"
 TABLES = ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING")
 
-logger = logging.getLogger(PACKAGE)
+logger = logging.getLogger("mono_quant_hf")
 
 
-def arm() -> None:
-    """Have mono_quant_hf imported when a checkpoint needs it. Never raises: it runs within `import torch`."""
+def arm(asked: bool = False) -> None:
+    """Have mono_quant_hf imported when a checkpoint needs it. Never raises: it runs within `import torch`.
+
+    Args:
+        asked: by who imports the package, so that it cannot be switched off.
+    """
     try:
         off = os.environ.get(VARIABLE, "1").strip().lower() in ("0", "false", "no", "off")
-        if off or PACKAGE in sys.modules:  # imported, or on the way: it registers itself
+        if (off and not asked) or PACKAGE in sys.modules:  # it has registered itself, or is on the way
             return
         if not any(isinstance(finder, _Hook) for finder in sys.meta_path) and not _stand_in():
             sys.meta_path.insert(0, _Hook())
@@ -34,8 +41,15 @@ def arm() -> None:
         logger.debug("%s was not armed: %r", __name__, problem)
 
 
+def make_room() -> None:
+    """Take back what `arm` did, here and in torch's copy of this file. mono_quant_hf registers itself after it."""
+    for copy in ("mono_quant_hf_autoload", "mono_quant_hf.autoload"):
+        if copy in sys.modules:
+            sys.modules[copy].disarm()
+
+
 def disarm() -> None:
-    """Take back what `arm` did. mono_quant_hf calls it before it registers itself."""
+    """Take back what `arm` of this file did."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Hook)]
     module = sys.modules.get(TABLES_MODULE)
     for table in TABLES:
@@ -57,7 +71,7 @@ class StandIn:
         except Exception as problem:
             _stand_in()
             raise ImportError(
-                f"This checkpoint was quantized by {PACKAGE}, which is installed but cannot be imported "
+                f"This checkpoint was quantized by mono_quant_hf, which is installed but cannot be imported "
                 f"({type(problem).__name__}: {problem}); repair it with pip install --force-reinstall mono-quant-hf."
             ) from problem
         return getattr(sys.modules[TABLES_MODULE], self._table)[METHOD]

@@ -11,18 +11,15 @@ from typing import Any
 import regex
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .names import ACTIVATION_TYPES, OVERRIDE_WEIGHT_TYPES, QUANT_METHOD, WEIGHT_TYPES
 from .texts import shown
 
-QUANT_METHOD = "mono_quant"
 FORMAT_VERSION = 1
 """Version of the tensors on disk. A checkpoint of a newer version is refused rather than misread."""
 
 XXH3 = "xxh3:"
 """Before checksums, the hash that they are made by."""
 
-WEIGHT_TYPES = ("int8", "float16")
-ACTIVATION_TYPES = ("int8",)
-OVERRIDE_WEIGHT_TYPES = (*WEIGHT_TYPES, "float")
 MOST_PATTERNS, MOST_CHARACTERS = 10_000, 1_000_000
 MOST_CHARACTERS_OF_EXPRESSIONS, MOST_REPETITIONS = 20_000, 10_000
 LITERAL = re.compile(r"[\w.-]+")

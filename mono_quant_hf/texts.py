@@ -7,10 +7,11 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 # Characters read per token wanted before the first try at tokenizing, and tokens wanted beyond the limit,
 # so that the last row read cannot change how the tokens before the limit come out.
@@ -133,6 +134,8 @@ def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> Tensor:
 
 
 def _ids(ids: Any) -> Tensor:
+    import torch
+
     return torch.as_tensor(ids, dtype=torch.long).reshape(-1)
 
 

@@ -1,6 +1,6 @@
 """Real models from packages, as folders that `from_pretrained` loads, and real photographs.
 
-Each is prepared once, into the cache folder of the command line (`$MONO_QUANT_HF_CACHE`, else
+Each is prepared once, into the cache folder of the command line (`$MONO_QUANT_CACHE`, else
 `~/.cache/mono_quant_hf`). The fixtures of conftest.py hand the folders to the tests.
 """
 

@@ -37,7 +37,7 @@ def test_it_is_the_import_that_raises(tmp_path):
     (info / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: mono-quant-hf\nVersion: 9\nRequires-Dist: transformers<1\n"
     )
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import mono_quant_hf"
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from mono_quant_hf import MonoQuantConfig"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
     assert "ImportError: mono_quant_hf works with transformers<1, but" in done.stderr

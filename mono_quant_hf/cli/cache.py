@@ -6,11 +6,11 @@ from pathlib import Path
 
 from mono_quant_hf.files import scratch_folder
 
-VARIABLE = "MONO_QUANT_HF_CACHE"
+VARIABLE = "MONO_QUANT_CACHE"
 
 
 def cache_folder() -> Path:
-    """`$MONO_QUANT_HF_CACHE`, else `mono_quant_hf` in `$XDG_CACHE_HOME` or `~/.cache`; may not exist yet."""
+    """`$MONO_QUANT_CACHE`, else `mono_quant_hf` in `$XDG_CACHE_HOME` or `~/.cache`; may not exist yet."""
     if own := os.environ.get(VARIABLE):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

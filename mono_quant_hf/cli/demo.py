@@ -1,5 +1,7 @@
 """`mono-quant-hf demo`: the whole job on a real language model, with what it costs and what it saves."""
 
+from __future__ import annotations
+
 import argparse
 import gc
 import pydoc_data.topics
@@ -8,25 +10,21 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
-
-from mono_quant_hf import MonoQuantConfig
-from mono_quant_hf.evaluation import perplexity
 from mono_quant_hf.files import check_room, scratch_folder
-from mono_quant_hf.hub.folders import check_destination, written_beside
-from mono_quant_hf.hub.importing import bytes_when_quantized
-from mono_quant_hf.modules import QuantizedLinear
 
 from .errors import CommandError
 from .models import chat_inputs
 from .output import add_json_argument, check_output_files, prints_text, say, show
 from .settings import add_settings, settings
 from .smollm2 import NAME, smollm2_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mono_quant_hf import MonoQuantConfig
 
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 40
@@ -47,7 +45,7 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `demo` to the subcommands."""
     command = commands.add_parser(
         "demo",
@@ -87,6 +85,10 @@ class Stored:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0, or 1 if the model changed by being saved and loaded again."""
+    from transformers.utils import logging as transformers_logging
+
+    from mono_quant_hf.hub.folders import written_beside
+
     config = _check(arguments)
     started = time.perf_counter()
     check_output_files(arguments.json, destination=arguments.keep)
@@ -106,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> MonoQuantConfig:
+    from mono_quant_hf.hub.folders import check_destination
+
     if arguments.tokens < FEWEST_TOKENS:
         raise CommandError(f"--tokens {arguments.tokens} is too few; give at least {FEWEST_TOKENS}.")
     if not arguments.prompt.strip():
@@ -116,6 +120,11 @@ def _check(arguments: argparse.Namespace) -> MonoQuantConfig:
 
 
 def _demonstrate(arguments: argparse.Namespace, config: MonoQuantConfig, folder: Path) -> bool:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mono_quant_hf.hub.importing import bytes_when_quantized
+
     say(f"Finding {NAME} (prepared once, the first time takes longer) ...", sys.stderr)
     source, origin = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -177,6 +186,8 @@ def _demonstrate(arguments: argparse.Namespace, config: MonoQuantConfig, folder:
 
 
 def _measure(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Measured:
+    from mono_quant_hf.evaluation import perplexity
+
     text = "\n\n".join(pydoc_data.topics.topics.values())
     window = min(WINDOW, arguments.tokens)
     scored = perplexity(
@@ -194,6 +205,8 @@ def _measure(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Measu
 
 def _answer(model: Any, tokenizer: Any, prompt: str) -> tuple[str, torch.Tensor]:
     """The model's most likely answer, and its logits [1, tokens, vocabulary] on the question."""
+    import torch
+
     inputs = chat_inputs(tokenizer, prompt)
     with torch.inference_mode():
         logits = model(**inputs).logits
@@ -203,6 +216,8 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> tuple[str, torch.Tensor]
 
 
 def _stored(model: nn.Module) -> Stored:
+    from mono_quant_hf.modules import QuantizedLinear
+
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
     def held(parameter: str) -> int:

@@ -1,12 +1,9 @@
 """Errors that a user of the command can put right, and the sentence for each."""
 
+from __future__ import annotations
+
 import errno
 
-import torch
-from safetensors import SafetensorError
-
-from mono_quant_hf.hub import HubError
-from mono_quant_hf.hub.errors import HTTPError
 from mono_quant_hf.texts import one_line
 
 
@@ -17,7 +14,15 @@ class CommandError(Exception):
 def explained(problem: Exception) -> str | None:
     """One line on what went wrong, or None for an error that is not the user's to put right."""
     said = one_line(" ".join(str(problem).split()))
-    if isinstance(problem, (CommandError, HubError, ValueError, TypeError)):
+    if isinstance(problem, (CommandError, ImportError, ValueError, TypeError)):
+        return said  # before imports that such an error may be about
+
+    import torch
+    from safetensors import SafetensorError
+
+    from mono_quant_hf.hub.errors import HTTPError, HubError
+
+    if isinstance(problem, HubError):
         return said
     if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
         return f"there is not enough memory ({said or 'out of memory'}); close other programs, or use a smaller model."
@@ -34,6 +39,6 @@ def explained(problem: Exception) -> str | None:
         )
     if isinstance(problem, HTTPError):
         return f"the network failed ({type(problem).__name__}: {said}); try again, or give a local folder."
-    if isinstance(problem, (OSError, ImportError)):
+    if isinstance(problem, OSError):
         return said
     return None

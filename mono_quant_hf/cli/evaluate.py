@@ -1,5 +1,7 @@
 """`mono-quant-hf evaluate`: how far a quantized model is from its float model, one in memory at a time."""
 
+from __future__ import annotations
+
 import argparse
 import gc
 import sys
@@ -7,21 +9,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor
-
-from mono_quant_hf.evaluation import (
-    classifier_logits,
-    compare_classifiers,
-    compare_encoders,
-    divergence,
-    record_reference,
-    text_embeddings,
-)
 from mono_quant_hf.files import scratch_folder
+from mono_quant_hf.names import DTYPES
 from mono_quant_hf.texts import texts
 
 from .errors import CommandError
-from .models import DTYPES, architecture_of, config_of, is_quantized, load_model, load_processor
+from .models import architecture_of, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, show
 from .settings import add_settings, described, settings, settings_given
 from .texts import add_text_arguments, load_text
@@ -44,7 +37,7 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `evaluate` to the subcommands."""
     command = commands.add_parser(
         "evaluate",
@@ -116,6 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _language_model(arguments: argparse.Namespace, quantized: Callable[[], Any]) -> dict[str, Any]:
+    from mono_quant_hf.evaluation import divergence, record_reference
+
     name, text = load_text(arguments)
     tokenizer = load_processor(arguments.model)
     progress = sys.stderr.isatty()
@@ -149,6 +144,8 @@ def _language_model(arguments: argparse.Namespace, quantized: Callable[[], Any])
 
 
 def _classifier(arguments: argparse.Namespace, quantized: Callable[[], Any]) -> dict[str, Any]:
+    from mono_quant_hf.evaluation import classifier_logits, compare_classifiers
+
     if arguments.images:
         name, batches = arguments.images.name, list(_pictures(arguments))
     else:
@@ -173,6 +170,8 @@ def _classifier(arguments: argparse.Namespace, quantized: Callable[[], Any]) -> 
 
 
 def _encoder(arguments: argparse.Namespace, quantized: Callable[[], Any]) -> dict[str, Any]:
+    from mono_quant_hf.evaluation import compare_encoders, text_embeddings
+
     name, lines = _lines(arguments)
     tokenizer = load_processor(arguments.model)
     model = load_model(arguments.model, dtype=arguments.dtype)
@@ -203,6 +202,8 @@ def _lines(arguments: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def _pictures(arguments: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    from transformers import AutoImageProcessor
+
     try:
         from PIL import Image
     except ImportError as missing:

@@ -1,12 +1,13 @@
 """`mono-quant-hf export`: a quantized model in the format of another engine."""
 
+from __future__ import annotations
+
 import argparse
 import logging
 import sys
 from pathlib import Path
 
-from mono_quant_hf.hub import export
-from mono_quant_hf.hub.export import FORMATS
+from mono_quant_hf.names import EXPORT_FORMATS
 
 from .errors import CommandError
 from .output import add_json_argument, check_output_files, show
@@ -30,7 +31,7 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `export` to the subcommands."""
     command = commands.add_parser(
         "export",
@@ -40,7 +41,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     command.add_argument("source", metavar="SRC", help="folder, or name on the Hub, of a quantized model")
     command.add_argument("destination", type=Path, metavar="DST", help="new folder; for gguf a file")
-    command.add_argument("--format", choices=FORMATS, required=True, help="of the export")
+    command.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="of the export")
     command.add_argument(
         "--activations",
         choices=["int8"],
@@ -53,6 +54,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(arguments: argparse.Namespace) -> int:
     """Export; the exit code is 0, or a CommandError says why not."""
+    from mono_quant_hf.hub import export
+
     check_output_files(arguments.json, destination=arguments.destination)
     if arguments.activations and arguments.format not in ("compressed-tensors", "onnx"):
         raise CommandError("--activations is for --format compressed-tensors and onnx; leave it out.")

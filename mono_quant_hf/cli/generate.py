@@ -1,14 +1,15 @@
 """`mono-quant-hf generate`: the answer of a model to a prompt, as it is written, and how fast."""
 
+from __future__ import annotations
+
 import argparse
 import time
 from typing import Any
 
-import torch
-from transformers import TextStreamer
+from mono_quant_hf.names import DTYPES
 
 from .errors import CommandError
-from .models import DTYPES, chat_inputs, config_of, is_quantized, load_model, load_processor
+from .models import chat_inputs, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, prints_text, show
 from .settings import add_settings, settings, settings_given
 
@@ -23,7 +24,7 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `generate` to the subcommands."""
     command = commands.add_parser(
         "generate", help="answer a prompt, streaming", description=DESCRIPTION, epilog=EPILOG
@@ -43,6 +44,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer, and say how fast."""
+    import torch
+    from transformers import TextStreamer
+
     check_output_files(arguments.json)
     if arguments.max_new_tokens < 1:
         raise CommandError(f"--max-new-tokens {arguments.max_new_tokens} is too few; give at least 1.")

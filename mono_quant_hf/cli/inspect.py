@@ -1,23 +1,25 @@
 """`mono-quant-hf inspect`: what quantizing did to each module."""
 
+from __future__ import annotations
+
 import argparse
 import copy
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mono_quant_hf import MonoQuantConfig, quantize_model
-from mono_quant_hf.calibration.samples import max_positions
-from mono_quant_hf.config import WEIGHT_TYPES
-from mono_quant_hf.evaluation import QuantizationReport, quantization_report
+from mono_quant_hf.names import DTYPES, WEIGHT_TYPES
 from mono_quant_hf.texts import token_sequences
 
 from .errors import CommandError
-from .models import DTYPES, config_of, is_quantized, load_model, load_processor
+from .models import config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, check_png, show
 from .texts import add_text_arguments, load_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from mono_quant_hf.evaluation import QuantizationReport
 
 DESCRIPTION = """\
 Show what quantizing did to each module of a model: SQNR of the weight in dB, its worst channel, the share
@@ -33,7 +35,7 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `inspect` to the subcommands."""
     command = commands.add_parser(
         "inspect",
@@ -87,6 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def make_report(arguments: argparse.Namespace) -> QuantizationReport:
     """The report for the arguments of this command; also what `search` starts from."""
+    from mono_quant_hf import MonoQuantConfig, quantize_model
+    from mono_quant_hf.evaluation import quantization_report
+
     progress = sys.stderr.isatty()
     if is_quantized(config_of(arguments.model)):
         model = load_model(arguments.model)
@@ -113,6 +118,8 @@ def text_batches(arguments: argparse.Namespace, model: Any) -> list[dict[str, to
     Raises:
         CommandError: the model does not read text.
     """
+    from mono_quant_hf.calibration.samples import max_positions
+
     if model.main_input_name != "input_ids":
         raise CommandError(
             f"{type(model).__name__} does not read text; use quantization_report() from Python with its inputs."

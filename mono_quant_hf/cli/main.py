@@ -1,5 +1,7 @@
 """The command line: one parser, one subcommand per module beside this one."""
 
+from __future__ import annotations
+
 import _thread
 import argparse
 import contextlib
@@ -22,7 +24,7 @@ from .output import escaped_logs, progress_on_terminals_only, say
 from .parser import Parser
 
 PROGRAM = "mono-quant-hf"
-TRACEBACK = "MONO_QUANT_HF_TRACEBACK"
+TRACEBACK = "MONO_QUANT_TRACEBACK"
 """An environment variable: with any value, errors of the user's are shown with their traceback too."""
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 EPILOG = f"""\

@@ -1,17 +1,14 @@
 """Loading whatever model a command is given, with the class that its config names."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoTokenizer
-
-from mono_quant_hf import MonoQuantConfig
-from mono_quant_hf.hub import checkpoint
+from typing import TYPE_CHECKING, Any
 
 from .errors import CommandError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from mono_quant_hf import MonoQuantConfig
 
 
 def folder_of(name: str) -> Path:
@@ -20,6 +17,8 @@ def folder_of(name: str) -> Path:
     Raises:
         CommandError, HubError: there is none.
     """
+    from mono_quant_hf.hub import checkpoint
+
     path = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not path.is_dir():
         raise CommandError(f"there is no folder {name}; give a model's folder or its name on the Hub.")
@@ -34,7 +33,16 @@ def config_of(name: str) -> Any:
     Raises:
         CommandError, HubError, ValueError: there is none, or it is damaged.
     """
+    from mono_quant_hf.hub import checkpoint
+
     return checkpoint.config_of(folder_of(name))
+
+
+def dtype_of(name: str) -> Any:
+    """The dtype of this name, one of `DTYPES`; "auto" stays as it is."""
+    import torch
+
+    return name if name == "auto" else getattr(torch, name)
 
 
 def is_quantized(config: Any) -> bool:
@@ -48,22 +56,26 @@ def load_model(name: str, quantization: MonoQuantConfig | None = None, dtype: st
     Raises:
         CommandError, HubError, ValueError: it cannot be loaded, or is quantized and `quantization` is given.
     """
+    from mono_quant_hf.hub import checkpoint
+
     if quantization is not None and is_quantized(config_of(name)):
         raise CommandError(f"{name} is quantized already; give the float model it was made from.")
-    model = checkpoint.model_of(
-        folder_of(name), dtype=DTYPES.get(dtype, "auto"), quantization_config=quantization
-    )
+    model = checkpoint.model_of(folder_of(name), dtype=dtype_of(dtype), quantization_config=quantization)
     model.config.name_or_path = name
     return model.eval()
 
 
-def load_processor(name: str, auto_class: Any = AutoTokenizer) -> Any:
+def load_processor(name: str, auto_class: Any = None) -> Any:
     """The tokenizer of a model, or what else prepares its inputs.
 
     Raises:
         CommandError, HubError, ValueError: there is none, or it is damaged.
     """
-    return checkpoint.processor_of(folder_of(name), auto_class)
+    from transformers import AutoTokenizer
+
+    from mono_quant_hf.hub import checkpoint
+
+    return checkpoint.processor_of(folder_of(name), auto_class or AutoTokenizer)
 
 
 def chat_inputs(tokenizer: Any, prompt: str) -> Any:
@@ -82,5 +94,7 @@ def architecture_of(name: str) -> str:
     Raises:
         CommandError, HubError, ValueError: the config does not say, or is damaged.
     """
+    from mono_quant_hf.hub import checkpoint
+
     folder = folder_of(name)
     return checkpoint.model_class_of(folder, checkpoint.config_of(folder)).__name__

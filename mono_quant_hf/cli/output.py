@@ -1,5 +1,7 @@
 """What a command prints: text for people, JSON for programs, the same way in every command."""
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import json
@@ -11,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
-
-from transformers.utils import logging as transformers_logging
 
 from mono_quant_hf import __version__
 from mono_quant_hf.files import file_written_aside
@@ -131,6 +131,7 @@ def progress_on_terminals_only() -> Iterator[None]:
         disable_progress_bars,
         enable_progress_bars,
     )
+    from transformers.utils import logging as transformers_logging
 
     if sys.stderr.isatty():
         yield

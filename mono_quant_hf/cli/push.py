@@ -1,10 +1,10 @@
 """`mono-quant-hf push`: a quantized model's folder to the Hub, with a model card."""
 
+from __future__ import annotations
+
 import argparse
 import os
 from pathlib import Path
-
-from mono_quant_hf.hub import push_to_hub
 
 from .output import add_json_argument, check_output_files, show
 
@@ -20,7 +20,7 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `push` to the subcommands."""
     command = commands.add_parser(
         "push",
@@ -52,6 +52,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(arguments: argparse.Namespace) -> int:
     """Push the folder; the exit code is 0, or a CommandError says why not."""
+    from mono_quant_hf.hub import push_to_hub
+
     check_output_files(arguments.json)
     commit = push_to_hub(
         os.fspath(arguments.folder),

@@ -1,18 +1,17 @@
 """`mono-quant-hf quantize`: a float model in, a quantized model out."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from mono_quant_hf.calibration import Compensation, Sampling
-from mono_quant_hf.calibration.resume import check_resume_folder
-from mono_quant_hf.hub import quantize_checkpoint
-from mono_quant_hf.hub.folders import check_destination
+from mono_quant_hf.names import DTYPES
 
 from .errors import CommandError
-from .models import DTYPES, config_of
+from .models import config_of, dtype_of
 from .output import add_json_argument, check_output_files, show
 from .settings import add_settings, settings
 from .texts import add_text_arguments, load_text
@@ -38,7 +37,7 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `quantize` to the subcommands."""
     command = commands.add_parser(
         "quantize",
@@ -56,7 +55,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--damping",
         type=float,
-        default=Compensation().damping,
+        default=0.1,  # as of Compensation
         metavar="X",
         help="0 to 1: lower fits the calibration text more closely, higher is safer on other text (%(default)s)",
     )
@@ -72,6 +71,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize and save."""
+    from mono_quant_hf.hub import quantize_checkpoint
+    from mono_quant_hf.hub.folders import check_destination
+
     output = arguments.output
     check_output_files(arguments.json, destination=output)
     check_destination(output, arguments.overwrite, arguments.model)
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         output,
         config,
-        dtype=DTYPES.get(arguments.dtype, "auto"),
+        dtype=dtype_of(arguments.dtype),
         overwrite=arguments.overwrite,
         **_calibration(arguments),
     )
@@ -102,6 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _calibration(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `quantize_checkpoint` is given for calibration, nothing without."""
+    from mono_quant_hf.calibration import Compensation, Sampling
+
     if arguments.resume is not None:
         _check_resume(arguments)
     if arguments.calibration is None:
@@ -122,6 +126,8 @@ def _calibration(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_resume(arguments: argparse.Namespace) -> None:
+    from mono_quant_hf.calibration.resume import check_resume_folder
+
     if arguments.calibration not in ("text", "self"):
         raise CommandError("--resume is for --calibration text or self; add that, or leave it out.")
     kept, output = Path(os.path.realpath(arguments.resume)), Path(os.path.realpath(arguments.output))

@@ -1,5 +1,7 @@
 """`mono-quant-hf search`: int8, float16 or float for each module, for a budget in bytes or in KL divergence."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import re
@@ -8,16 +10,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mono_quant_hf import MonoQuantConfig, quantize_model
-from mono_quant_hf.evaluation import search_overrides
 from mono_quant_hf.files import check_room
-from mono_quant_hf.hub.checkpoint import local_folder
-from mono_quant_hf.hub.folders import check_destination, written_beside
-from mono_quant_hf.hub.importing import add_companions, bytes_when_quantized
+from mono_quant_hf.names import DTYPES
 
 from .errors import CommandError
 from .inspect import text_batches
-from .models import DTYPES, config_of, is_quantized, load_model
+from .models import config_of, dtype_of, is_quantized, load_model
 from .output import add_json_argument, check_output_files, check_png, say, show
 from .texts import add_text_arguments
 
@@ -34,7 +32,7 @@ examples:
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `search` to the subcommands."""
     command = commands.add_parser(
         "search",
@@ -63,6 +61,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(arguments: argparse.Namespace) -> int:
     """Search and show; 1 where the budget cannot be met."""
+    from mono_quant_hf import MonoQuantConfig, quantize_model
+    from mono_quant_hf.evaluation import search_overrides
+    from mono_quant_hf.hub.checkpoint import local_folder
+    from mono_quant_hf.hub.folders import check_destination, written_beside
+    from mono_quant_hf.hub.importing import add_companions, bytes_when_quantized
+
     check_output_files(arguments.json, arguments.png, destination=arguments.save)
     if arguments.save:
         check_destination(arguments.save, source=arguments.model)
@@ -75,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check_size(arguments, source)
     with written_beside(arguments.save) if arguments.save else nullcontext() as new:
         if new is not None:
-            check_room(new, bytes_when_quantized(source, config, DTYPES.get(arguments.dtype)), "The model")
+            check_room(new, bytes_when_quantized(source, config, dtype_of(arguments.dtype)), "The model")
         model = load_model(arguments.model, dtype=arguments.dtype)
         batches = text_batches(arguments, model)
         try:
@@ -117,8 +121,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_size(arguments: argparse.Namespace, source: Path) -> None:
     """Refuse, before the work and not after it, a size below that of all in int8, embeddings included."""
+    from mono_quant_hf import MonoQuantConfig
+    from mono_quant_hf.hub.importing import bytes_when_quantized
+
     smallest = bytes_when_quantized(
-        source, MonoQuantConfig(quantize_embeddings=True), DTYPES.get(arguments.dtype)
+        source, MonoQuantConfig(quantize_embeddings=True), dtype_of(arguments.dtype)
     )
     if arguments.max_size < smallest:
         raise CommandError(

@@ -1,14 +1,18 @@
 """How to quantize, as options of the command line: every field of `MonoQuantConfig` that a user sets."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mono_quant_hf import MonoQuantConfig
-from mono_quant_hf.config import ACTIVATION_TYPES, OVERRIDE_WEIGHT_TYPES, QUANT_METHOD, WEIGHT_TYPES
 from mono_quant_hf.json_files import read_json
+from mono_quant_hf.names import ACTIVATION_TYPES, OVERRIDE_WEIGHT_TYPES, QUANT_METHOD, WEIGHT_TYPES
 
 from .errors import CommandError
+
+if TYPE_CHECKING:
+    from mono_quant_hf import MonoQuantConfig
 
 _NOT_SETTINGS = ("quant_method", "checksums", "format_version")
 _FIELDS = {
@@ -64,6 +68,8 @@ def settings(arguments: argparse.Namespace) -> MonoQuantConfig:
         CommandError: the options contradict each other, or the file of `--config` cannot be read.
         TypeError, ValueError: a setting in that file is wrong.
     """
+    from mono_quant_hf import MonoQuantConfig
+
     fields = {} if arguments.config is None else _read(arguments.config)
     for name, field in _FIELDS.items():
         if (value := getattr(arguments, name)) is not None:

@@ -1,14 +1,10 @@
 """The real language model of the demo: SmolLM2-135M-Instruct in float32, from a package or from the Hub."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import importlib.util
 from pathlib import Path
-
-import torch
-from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from mono_quant_hf.hub.checkpoint import gguf_model
 
 from .cache import prepared
 from .errors import CommandError
@@ -40,6 +36,8 @@ def smollm2_folder() -> tuple[Path, str]:
     Raises:
         CommandError: the package is not installed and the Hub is out of reach; it names both remedies.
     """
+    from huggingface_hub.errors import HfHubHTTPError
+
     gguf = find_gguf()
     if gguf is not None and importlib.util.find_spec("gguf") is not None:
         version = importlib.metadata.version(DISTRIBUTION)
@@ -56,6 +54,10 @@ def smollm2_folder() -> tuple[Path, str]:
 
 
 def _from_gguf(gguf: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from mono_quant_hf.hub.checkpoint import gguf_model
+
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = gguf_model(gguf)
     model.save_pretrained(folder)
@@ -63,6 +65,9 @@ def _from_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _from_hub(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(HUB_ID)
     model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32)
     model.save_pretrained(folder)

@@ -1,12 +1,16 @@
 """`mono-quant-hf verify`: whether a checkpoint is what its config says, and what the float model rounds to."""
 
+from __future__ import annotations
+
 import argparse
 import sys
-
-from mono_quant_hf.hub import Verification, verify_checkpoint
+from typing import TYPE_CHECKING
 
 from .output import add_json_argument, check_output_files, show
 from .settings import scheme
+
+if TYPE_CHECKING:
+    from mono_quant_hf.hub import Verification
 
 FLAWS = 10
 """What is listed of a damage that is everywhere, if --top does not say more."""
@@ -24,7 +28,7 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `verify` to the subcommands."""
     command = commands.add_parser(
         "verify",
@@ -50,6 +54,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, and say what was found; 1 where something is wrong."""
+    from mono_quant_hf.hub import verify_checkpoint
+
     check_output_files(arguments.json)
     found = verify_checkpoint(
         arguments.checkpoint, arguments.float_model, revision=arguments.revision, progress=sys.stderr.isatty()

@@ -22,11 +22,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.hub.checkpoint import local_folder
 from mono_quant_hf.integration.fingerprints import check_fingerprints
 from mono_quant_hf.integration.selection import settings_of
 from mono_quant_hf.modules.base import DTYPE_NAME, STORAGE_DTYPES
+from mono_quant_hf.names import QUANT_METHOD
 from mono_quant_hf.weight_files import read_headers, weight_files
 
 from .vllm_layers import CodesMethod, ExpertsMethod, Part

@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.models.auto import modeling_auto
 
-from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.integration.checkpoint import decide_by_checkpoint, stems_of_codes
 from mono_quant_hf.integration.conversions import checkpoint_of
 from mono_quant_hf.integration.selection import Decision, decide_recorded
 from mono_quant_hf.json_files import read_json
+from mono_quant_hf.names import QUANT_METHOD
 from mono_quant_hf.texts import one_line
 from mono_quant_hf.weight_files import StoredTensor, read_headers, weight_files
 

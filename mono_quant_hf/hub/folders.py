@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mono_quant_hf.config import QUANT_METHOD
 from mono_quant_hf.files import folder_written_aside
 from mono_quant_hf.json_files import read_json
+from mono_quant_hf.names import QUANT_METHOD
 
 from .errors import HubError
 

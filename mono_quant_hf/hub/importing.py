@@ -21,12 +21,13 @@ from transformers import AutoTokenizer, CompressedTensorsConfig
 from transformers.pytorch_utils import Conv1D
 
 from mono_quant_hf.calibration.samples import reads_text
-from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.files import check_room, scratch_folder
 from mono_quant_hf.integration import quantize_model
 from mono_quant_hf.integration.selection import aliases_of, decide
 from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules.base import STORAGE_DTYPES
+from mono_quant_hf.names import QUANT_METHOD
 from mono_quant_hf.versions import require
 from mono_quant_hf.weight_files import INDEX, StoredTensor, opener, read_headers, weight_files
 

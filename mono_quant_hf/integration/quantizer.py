@@ -27,9 +27,10 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
 from mono_quant_hf.modules.base import DTYPE_NAME
+from mono_quant_hf.names import QUANT_METHOD
 from mono_quant_hf.weight_files import read_headers
 
 from . import by_version

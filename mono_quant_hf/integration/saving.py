@@ -19,10 +19,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mono_quant_hf.config import QUANT_METHOD, MonoQuantConfig
+from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.files import folder_written_aside
 from mono_quant_hf.json_files import read_json
 from mono_quant_hf.modules import QuantizedModule, quantized_class_for
+from mono_quant_hf.names import QUANT_METHOD
 from mono_quant_hf.weight_files import StoredTensor, read_headers, weight_files
 
 from .apply import change_modules, make_room

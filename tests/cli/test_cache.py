@@ -8,7 +8,7 @@ from mono_quant_hf.cli.cache import cache_folder, prepared
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MONO_QUANT_HF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MONO_QUANT_CACHE", str(tmp_path / "cache"))
 
 
 def write(text):
@@ -17,7 +17,7 @@ def write(text):
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "cache"
-    monkeypatch.delenv("MONO_QUANT_HF_CACHE")
+    monkeypatch.delenv("MONO_QUANT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "mono_quant_hf"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from mono_quant_hf import MonoQuantConfig, quantize_model
+from mono_quant_hf import MonoQuantConfig, hub, quantize_model
 from mono_quant_hf.cli import inspect, search, verify
 from mono_quant_hf.cli import main as main_module
 from mono_quant_hf.cli.main import main
@@ -151,7 +151,7 @@ def test_exit_codes(problem, code, said, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise problem
 
-    monkeypatch.setattr(verify, "verify_checkpoint", fail)
+    monkeypatch.setattr(hub, "verify_checkpoint", fail)
     assert main(["verify", "folder"]) == code
     error = capsys.readouterr().err
     assert said in error and ("Traceback" in error) == (code == 3)

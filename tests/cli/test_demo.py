@@ -96,7 +96,7 @@ def test_a_mistake_is_one_line(arguments, said, tmp_path, capsys):
 
 
 def test_without_package_and_network_both_ways_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MONO_QUANT_HF_CACHE", str(tmp_path))
+    monkeypatch.setenv("MONO_QUANT_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2_module, "MODULE", "no_such_package")
     assert main(["demo"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -16,7 +16,7 @@ from mono_quant_hf.hub import export
 from tests.evaluation.conftest import make_llama, make_tokenizer
 
 INDEX = "model.safetensors.index.json"
-CASES = int(os.environ.get("MONO_QUANT_HF_FUZZ_CASES", "300"))
+CASES = int(os.environ.get("MONO_QUANT_FUZZ_CASES", "300"))
 """Of the fuzzer; more find more."""
 
 COMMANDS = {
