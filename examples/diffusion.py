@@ -3,7 +3,7 @@
     python examples/diffusion.py                      # a tiny pipeline with random weights, to see that it works
     python examples/diffusion.py org/model unet-int8  # a pipeline of your own: a folder, or a name on the Hub
 
-Needs `pip install 'mono-quant-hf[diffusers]'`.
+Needs `pip install diffusers`.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 The codes stay int8 while the adapter is trained beside them. `OUTPUT/adapter` then holds the adapter alone, some
 megabytes to be used with the quantized model in `OUTPUT/base`; `OUTPUT/merged` a quantized model that needs no PEFT.
 
-Needs `pip install 'mono-quant-hf[peft]'`.
+Needs `pip install peft`.
 """
 
 from __future__ import annotations

@@ -60,25 +60,23 @@ def check_versions(requirements: list[str] | None = None) -> None:
             )
 
 
-def require(module: str, extra: str, purpose: str) -> Any:
-    """A module of a package that not everyone has.
+def require(distribution: str, purpose: str) -> Any:
+    """The module of a package that not everyone has.
 
     Args:
-        module: to import.
-        extra: of mono-quant-hf, which brings it.
+        distribution: what pip installs; the module's name has underscores for its hyphens.
         purpose: what it is for, to begin a sentence with.
 
     Raises:
         ImportError: it is not installed; says how to get it.
 
     Example:
-        >>> require("no_such_module", "gguf", "Reading GGUF")
+        >>> require("no-such-package", "Reading GGUF")
         Traceback (most recent call last):
             ...
-        ImportError: Reading GGUF needs no_such_module; run: pip install 'mono-quant-hf[gguf]'
+        ImportError: Reading GGUF needs no-such-package; run: pip install no-such-package
     """
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(distribution.replace("-", "_"))
     except ImportError as problem:
-        hint = f"pip install '{DISTRIBUTION}[{extra}]'"
-        raise ImportError(f"{purpose} needs {module}; run: {hint}") from problem
+        raise ImportError(f"{purpose} needs {distribution}; run: pip install {distribution}") from problem

@@ -17,7 +17,7 @@ Write a model quantized by mono_quant_hf so that other engines load it:
 
   compressed-tensors  vLLM, SGLang and transformers; the same codes and scales
   bitsandbytes        transformers with bitsandbytes (LLM.int8); symmetric weights only
-  gguf                llama.cpp, as Q8_0; models of type llama, mistral, qwen2 and qwen3
+  gguf                llama.cpp, as Q8_0; models of type llama, mistral, qwen2, qwen3 and qwen3_moe
   onnx                ONNX Runtime and OpenVINO; models of text and pictures, without a cache
 
 What a format has no form for is written in float, and said.

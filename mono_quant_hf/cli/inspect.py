@@ -62,7 +62,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--top", type=int, default=25, metavar="N", help="modules in the table; 0 for all (25)"
     )
     add_json_argument(command)
-    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures to FILE")
+    command.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page to FILE (pictures: by matplotlib)"
+    )
     command.add_argument(
         "--png", type=Path, metavar="FILE", help="write the pictures to FILE (needs matplotlib)"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 from mono_quant_hf import __version__
 from mono_quant_hf.files import file_written_aside
 from mono_quant_hf.texts import printable
+from mono_quant_hf.versions import require
 
 from .errors import CommandError
 
@@ -95,8 +95,8 @@ def _is_own(file: Path) -> bool:
 
 def check_png(file: Path | None) -> None:
     """Refuse, before the work and not after it, a picture where nothing can draw it."""
-    if file is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--png needs matplotlib: pip install 'mono-quant-hf[plots]'.")
+    if file is not None:
+        require("matplotlib", "--png")
 
 
 def say(text: str, file: TextIO | None = None) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from mono_quant_hf.evaluation.module_report import ModuleReport
 from mono_quant_hf.files import file_written_aside
 from mono_quant_hf.texts import one_line
+from mono_quant_hf.versions import require
 
 _BLUE, _PALE, _ORANGE, _GREY, _LINE = "#1f5fbf", "#9dbbe8", "#d9772b", "#5b6470", "#d0d5db"
 # Colours that are seen on white and on black, and letters that can be read on a phone.
@@ -60,11 +61,7 @@ def svg_of(draw: Callable[..., Any], *drawn: Any) -> str:
 
 
 def _save(file: Any, draw: Callable[..., Any], drawn: Sequence[Any], **how: Any) -> None:
-    try:
-        from matplotlib import rc_context
-    except ImportError as missing:
-        raise ImportError("pictures need matplotlib: pip install 'mono-quant-hf[plots]'.") from missing
-    with rc_context(_STYLE):
+    with require("matplotlib", "A picture").rc_context(_STYLE):
         draw(*drawn).savefig(file, **how)
 
 

@@ -133,7 +133,7 @@ class _Import:
         if folder.suffix == ".gguf":
             if not folder.is_file():
                 raise HubError(f"There is no file {folder}.")
-            require("gguf", "gguf", "Reading GGUF")
+            require("gguf", "Reading GGUF")
             return self.from_gguf, f"made float and {again}, as GGUF has a scale for each block of a row"
         settings = quantization_of(folder)
         if settings is None:
@@ -185,7 +185,7 @@ class _Import:
         return self.from_float(made, new, scratch)
 
     def from_compressed(self, folder: Path, new: Path, scratch: Path) -> Path:
-        require("compressed_tensors", "compressed-tensors", "Reading this format")
+        require("compressed-tensors", "Reading this format")
         made = scratch / "float"
         how = CompressedTensorsConfig(dequantize=True)
         model_of(folder, dtype=self.dtype, quantization_config=how).save_pretrained(made)

@@ -15,9 +15,7 @@ from mono_quant_hf import MonoQuantConfig, load_quantized, quantize_model, save_
 from mono_quant_hf.modules import QuantizedModule
 from tests.tiny_models import relative_error
 
-diffusers = pytest.importorskip(
-    "diffusers", reason="diffusers is not installed (pip install 'mono-quant-hf[diffusers]')"
-)
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (pip install diffusers)")
 CONFIGS = [MonoQuantConfig(), MonoQuantConfig(symmetric=True), MonoQuantConfig(weights="float16")]
 
 

@@ -55,7 +55,7 @@ class GgufExporter(Exporter):
     """Writes one file; the tokenizer too, if it is a byte-level BPE, as of Llama 3, Qwen and SmolLM."""
 
     def check_destination(self) -> None:
-        gguf = require("gguf", "gguf", "Writing GGUF")
+        gguf = require("gguf", "Writing GGUF")
         target = Path(self.destination)
         if target.suffix != ".gguf":
             raise HubError(f"{target} is no name for a GGUF file; give one that ends in .gguf.")
@@ -71,7 +71,7 @@ class GgufExporter(Exporter):
             )
 
     def write(self) -> None:
-        gguf, config = require("gguf", "gguf", "Writing GGUF"), self.model.config
+        gguf, config = require("gguf", "Writing GGUF"), self.model.config
         name = ARCHITECTURES.get(config.model_type)
         if name is None or not type(self.model).__name__.endswith("ForCausalLM"):
             raise HubError(

@@ -42,7 +42,7 @@ class OnnxExporter(Exporter):
             raise HubError(
                 f'Expected activations "int8" or None, got {self.activations!r}; choose one of them.'
             )
-        require("onnxscript", "onnx", "Writing ONNX")
+        require("onnxscript", "Writing ONNX")
         super().check_destination()
 
     def write(self) -> None:

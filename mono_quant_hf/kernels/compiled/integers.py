@@ -332,5 +332,10 @@ def linear_integers(address, room, given):
 
 
 def byte_planes(way, k):
-    """How many planes of int8 codes a token has at least, for this way and so many input features; 0: int16 codes."""
+    """How many planes of int8 codes a token has at least, for this way and so many input features; 0: int16 codes.
+
+    Example:
+        >>> byte_planes("int8", 640), byte_planes("int16", 640)
+        (1, 0)
+    """
     return 1 if way == "int8" and k <= _LONGEST_OF_BYTES else 0
