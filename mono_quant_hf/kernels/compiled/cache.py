@@ -1,12 +1,15 @@
 """Numba's cache on disk, with checksums: Numba runs what it finds, cut short, damaged or outdated as it may be."""
 
 import hashlib
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numba
+
+log = logging.getLogger("mono_quant_hf")
 
 
 class Cache:
@@ -27,6 +30,8 @@ class Cache:
             self.folder = Path(numba.njit(cache=True)(_anywhere).stats.cache_path)
             seal = self.folder / self._seal
             known = set(seal.read_bytes().splitlines(keepends=True)) if seal.exists() else set()
+            if not known:
+                log.warning("Compiling the CPU kernels for this processor: some 20 s, once ...")
             for path, line in _lines(self.folder).items():
                 if line not in known:
                     path.unlink(missing_ok=True)
