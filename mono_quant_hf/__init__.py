@@ -6,11 +6,11 @@ checkpoint and load a quantized one. What that takes is imported when it is firs
 
 import importlib
 import logging
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .autoload import arm
 from .texts import log_in_one_line
+from .versions import OWN as __version__
 
 if TYPE_CHECKING:
     from .config import MonoQuantConfig
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 
 logging.getLogger(__name__).addFilter(log_in_one_line)
 arm(asked=True)
-
-try:
-    __version__ = version("mono-quant-hf")
-except PackageNotFoundError:  # used from a source folder that was not installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "MonoQuantConfig",

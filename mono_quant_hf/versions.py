@@ -17,6 +17,11 @@ DISTRIBUTION = "mono-quant-hf"
 TESTED = {"torch": "2.15", "transformers": "5.24", "accelerate": "1.15"}
 """The newest release of each that the tests passed with (make test-versions)."""
 
+try:
+    OWN = version(DISTRIBUTION)
+except PackageNotFoundError:  # used from a source folder that was not installed
+    OWN = "0+unknown"
+
 logger = logging.getLogger("mono_quant_hf")
 
 

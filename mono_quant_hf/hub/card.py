@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from mono_quant_hf.config import FIELDS, MonoQuantConfig
 from mono_quant_hf.integration.selection import Decision, quantized_share
 from mono_quant_hf.integration.tags import tags_of
+from mono_quant_hf.versions import OWN
 
 from .checkpoint import HUB_ID, CheckpointFacts, read_facts
 from .errors import HubError
@@ -181,8 +182,6 @@ def _names(value: Any) -> list[str]:
 
 def _words(facts: CheckpointFacts, folder: Path, base: Any) -> dict[str, Any]:
     """What the template says of a checkpoint."""
-    from mono_quant_hf import __version__
-
     bases = [f"[{one}](/{one})" if HUB_ID.fullmatch(one) else phrase(one) for one in _names(base)]
     config = facts.config
     scheme = "float16 weights"
@@ -208,7 +207,7 @@ def _words(facts: CheckpointFacts, folder: Path, base: Any) -> dict[str, Any]:
         "share": f"{quantized_share(facts.decisions):.1%}",
         "size": f"{facts.bytes_on_disk / 1e6:,.2f}",
         "float_size": f"{facts.bytes_as_float / 1e6:,.2f}",
-        "version": __version__,
+        "version": OWN,
         "transformers_version": transformers.__version__,
         "torch_version": torch.__version__.partition("+")[0],
         "settings": fenced(f"MonoQuantConfig({', '.join(settings)})", "python"),

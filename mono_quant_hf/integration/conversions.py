@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,16 +25,13 @@ from .by_version import renamed
 from .checkpoint import Checkpoint
 from .tying import STORED_SUFFIXES
 
-if TYPE_CHECKING:
-    from .quantizer import MonoQuantHfQuantizer
-
 _CODES = ("_int8", "_float16")
 
 
 class QuantizeWeights(ConversionOps):
     """Quantizes each module as its float weight comes from the checkpoint: the weight becomes codes and scales."""
 
-    def __init__(self, hf_quantizer: MonoQuantHfQuantizer):
+    def __init__(self, hf_quantizer: Any):
         self.hf_quantizer = hf_quantizer
 
     def convert(  # type: ignore[override]
