@@ -56,6 +56,7 @@ from .selection import (
     modules_that_say_dtype,
 )
 from .tags import add_tags, remove_tags
+from .tensor_parallel import check_can_be_split, check_in_one_piece, plan_storage
 from .tying import declare_tied_storage, share_offloaded, share_storage, tied_modules, withdraw_tied_storage
 
 logger = logging.getLogger("mono_quant_hf")
@@ -123,11 +124,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
         device_map: Any = None,
         **kwargs: Any,
     ) -> None:
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError(
-                "A mono_quant model cannot be split by tensor parallelism (tp_plan, distributed_config); load it "
-                "with a device_map, or export it to compressed-tensors for an engine that splits it."
-            )
+        check_can_be_split(model.config, self.pre_quantized)
         if isinstance(device_map, dict):
             keep_tied_together(model, device_map)
         plan = model._get_dtype_plan(dtype) if dtype is not None else {}
@@ -197,6 +194,10 @@ class MonoQuantHfQuantizer(HfQuantizer):
         }
         self.read_ahead = ReadAhead(checkpoint_files, dot_natural_key)  # the loader's own order
         self.read_ahead.start()
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            plan_storage(model, plan)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self._awaited
@@ -383,6 +384,7 @@ class MonoQuantHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # the adapter is saved, not the model
+        check_in_one_piece(model)
         before = getattr(model.config, "quantization_config", None)
         config = config_as_saved(model, self.quantization_config, self.planned)
         if config is not None:

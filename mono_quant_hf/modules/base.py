@@ -330,6 +330,11 @@ class QuantizedModule(nn.Module):
         with torch.no_grad():
             stored, scale, zero_point = (None if t is None else t.detach() for t in self.stored(weight_name))
         assert stored is not None
+        if hasattr(stored, "to_local"):
+            raise RuntimeError(
+                f"Expected {weight_name} of {self.quantization.module_name or type(self).__name__} in one piece, got "
+                "one that is split over processes; load the model in one process to dequantize it."
+            )
         return kernels.expand(stored, scale, zero_point, dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -519,7 +524,14 @@ def check_input(module: QuantizedModule, x: Tensor) -> None:
 
 def _shown(module: QuantizedModule, name: str) -> Tensor:
     quantization = module.quantization
-    return float_weight(*module.stored(name), quantization.dtype, quantization.activations)
+    stored, scale, zero_point = (_of_this_process(tensor) for tensor in module.stored(name))
+    assert stored is not None
+    return float_weight(stored, scale, zero_point, quantization.dtype, quantization.activations)
+
+
+def _of_this_process(tensor: Tensor | None) -> Tensor | None:
+    """Of a tensor that is split over processes the part of this one."""
+    return getattr(tensor, "to_local", lambda: tensor)()
 
 
 def _room(

@@ -89,7 +89,7 @@ def test_the_example_shares_its_windows_and_gives_the_same_perplexity(launcher, 
         assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
 
 
-def test_tensor_parallelism_is_refused_in_one_sentence(folder, tmp_path):
+def test_quantizing_under_tensor_parallelism_is_refused_in_one_sentence(folder, tmp_path):
     script = tmp_path / "tp.py"
     script.write_text(
         textwrap.dedent(
@@ -114,4 +114,4 @@ def test_tensor_parallelism_is_refused_in_one_sentence(folder, tmp_path):
     )
     run = launch(*TORCHRUN, str(script))
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("REFUSED: A mono_quant model cannot be split by tensor parallelism") == 2
+    assert run.stdout.count("REFUSED: Expected a checkpoint that is quantized already to be split") == 2
