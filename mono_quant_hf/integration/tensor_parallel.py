@@ -50,6 +50,12 @@ def check_can_be_split(config: Any, pre_quantized: bool) -> None:
             "distributed_config), got a float one, of which each process reads a part only; quantize and save it in "
             "one process, then load what was saved."
         )
+    for name in ("fsdp_size", "pp_size", "ep_size"):
+        if (getattr(distributed, name, None) or 1) > 1:
+            raise ValueError(
+                f"Expected a quantized checkpoint to be split by tensor parallelism alone (tp_plan), got {name}; leave "
+                "it out."
+            )
     if not CAN_SPLIT:
         raise ValueError(
             "Expected transformers 5.24 or later for tensor parallelism (tp_plan, distributed_config) of a quantized "

@@ -13,8 +13,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.distributed import DistributedConfig
 
 from mono_quant_hf import MonoQuantConfig
+from mono_quant_hf.integration.tensor_parallel import check_can_be_split
 from tests import tiny_models
 from tests.integration.test_distributed import launch
 
@@ -103,3 +105,11 @@ def test_a_split_checkpoint_gives_the_logits_of_one_process(processes, folders, 
             split, alone, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
         assert share < 0.9, name
+
+
+@pytest.mark.parametrize("other", ["fsdp_size", "pp_size", "ep_size"])
+def test_other_ways_to_split_are_refused(other):
+    config = LlamaConfig(**SIZES)
+    config.distributed_config = DistributedConfig(**{other: 2})
+    with pytest.raises(ValueError, match=f"tensor parallelism alone .* got {other}"):
+        check_can_be_split(config, pre_quantized=True)
