@@ -110,6 +110,6 @@ def test_a_split_checkpoint_gives_the_logits_of_one_process(processes, folders, 
 @pytest.mark.parametrize("other", ["fsdp_size", "pp_size", "ep_size"])
 def test_other_ways_to_split_are_refused(other):
     config = LlamaConfig(**SIZES)
-    config.distributed_config = DistributedConfig(**{other: 2})
+    config.distributed_config = DistributedConfig(tp_size=2, **{other: 2})
     with pytest.raises(ValueError, match=f"tensor parallelism alone .* got {other}"):
         check_can_be_split(config, pre_quantized=True)
