@@ -128,10 +128,10 @@ def _count_pass(a, token, _, own):
     spread = k > 1 and typical < np.float32(_FEWEST_STEPS / _LARGEST) * largest
     if a.byte_planes == 0:
         planes[token] = 2 if spread else 1
-    elif a.byte_planes == 1 and typical >= np.float32(_FEWEST_STEPS_OF_8_BITS / 127.0) * largest:
+    elif typical >= np.float32(_FEWEST_STEPS_OF_8_BITS / 127.0) * largest:
         planes[token] = 1
     else:
-        planes[token] = 4 if spread and TOKENS == 4 else 2
+        planes[token] = 2 if not spread else 4 if TOKENS == 4 else 0  # no tile holds four
 
 
 @inline
