@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 DISTRIBUTION = "mono-quant-hf"
-TESTED = {"torch": "2.15", "transformers": "5.24", "accelerate": "1.15"}
+REQUIRED = ("torch", "transformers", "accelerate")
+TESTED = {"torch": "2.15", "transformers": "5.24", "accelerate": "1.15", "peft": "0.21"}
 """The newest release of each that the tests passed with (make test-versions)."""
 
 try:
@@ -47,8 +48,8 @@ def check_versions(requirements: list[str] | None = None) -> None:
         except PackageNotFoundError:
             requirements = []
     # What is parsed takes its time, so only these are.
-    oldest = [Requirement(text) for text in requirements if text.startswith(tuple(TESTED))]
-    for name, tested in TESTED.items():
+    oldest = [Requirement(text) for text in requirements if text.startswith(REQUIRED)]
+    for name in REQUIRED:
         found = version(name)
         for requirement in oldest:
             # 2.13.0+cpu is a 2.13.0, and a nightly build of a supported release is one too.
@@ -58,11 +59,24 @@ def check_versions(requirements: list[str] | None = None) -> None:
                 raise ImportError(
                     f"mono_quant_hf works with {wanted}, but {name} {found} is installed; run: pip install '{wanted}'"
                 )
-        if Version(found).release[:2] > Version(tested).release[:2]:
-            logger.warning(
-                f"mono_quant_hf was tested with {name} up to {tested}, and {found} is installed; should something "
-                f"fail, try pip install '{name}=={tested}.*'."
-            )
+        warn_of_newer(name)
+
+
+def warn_of_newer(name: str) -> None:
+    """Log a warning where an installed package is newer than tested.
+
+    Args:
+        name: a key of `TESTED`.
+
+    Example:
+        >>> warn_of_newer("torch")
+    """
+    found, tested = version(name), TESTED[name]
+    if Version(found).release[:2] > Version(tested).release[:2]:
+        logger.warning(
+            f"mono_quant_hf was tested with {name} up to {tested}, and {found} is installed; should something "
+            f"fail, try pip install '{name}=={tested}.*'."
+        )
 
 
 def require(distribution: str, purpose: str) -> Any:

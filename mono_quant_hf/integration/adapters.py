@@ -36,8 +36,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from mono_quant_hf.core import dequantize_codes, sqnr
 from mono_quant_hf.modules import QuantizedModule
 from mono_quant_hf.modules.base import stored_names, twin_of
+from mono_quant_hf.versions import warn_of_newer
 
 logger = logging.getLogger("mono_quant_hf")
+_look_at_version = functools.cache(functools.partial(warn_of_newer, "peft"))
+"""Once."""
 
 DECIBELS_OF_A_BIT = 6
 
@@ -148,6 +151,7 @@ class OnQuantized:
 @functools.lru_cache(maxsize=256)
 def on_quantized(peft_class: type[nn.Module]) -> type[nn.Module]:
     """The form of a layer of PEFT for a quantized base layer."""
+    _look_at_version()
     attributes = {"peft_class": peft_class, "__module__": __name__, "__doc__": peft_class.__doc__}
     return type(f"{peft_class.__name__}OnQuantized", (OnQuantized, peft_class), attributes)
 

@@ -20,8 +20,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from mono_quant_hf import MonoQuantConfig, quantize_model
+from mono_quant_hf import MonoQuantConfig, quantize_model, versions
 from mono_quant_hf.core import quantize_to_codes
+from mono_quant_hf.integration import adapters
 from mono_quant_hf.modules import QuantizedEmbedding, QuantizedModule
 from tests.evaluation.conftest import TEXT, make_tokenizer
 from tests.tiny_models import IMAGES, TOKENS, llama, logits, relative_error, resnet
@@ -525,3 +526,15 @@ def test_the_example(example, tmp_path, capsys, kind):
     assert relative_error(logits(merged), logits(adapted)) < 0.1
     assert example([*where, "--window", "100000"]) == 2
     assert "fewer than --window" in capsys.readouterr().err
+
+
+def test_a_newer_peft_than_tested_is_one_warning(monkeypatch, caplog):
+    monkeypatch.setitem(versions.TESTED, "peft", "0.1")
+    adapters._look_at_version.cache_clear()
+    adapters.on_quantized.cache_clear()
+    for _ in range(2):
+        get_peft_model(quantize_model(llama()), LoraConfig(target_modules=["q_proj"]))
+    assert [record.getMessage().split(",")[0] for record in caplog.records].count(
+        "mono_quant_hf was tested with peft up to 0.1"
+    ) == 1
+    adapters._look_at_version.cache_clear()
