@@ -13,7 +13,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from mono_quant_hf import MonoQuantConfig
 from mono_quant_hf.integration.tensor_parallel import check_can_be_split
@@ -47,7 +47,7 @@ import sys
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 import mono_quant_hf
 from tests import tiny_models
 
