@@ -54,15 +54,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(arguments: argparse.Namespace) -> int:
     """Export; the exit code is 0, or a CommandError says why not."""
-    from mono_quant_hf.hub import export
+    from mono_quant_hf.hub.export import export, formats_that_take
 
     check_output_files(arguments.json, destination=arguments.destination)
-    if arguments.activations and arguments.format not in ("compressed-tensors", "onnx"):
-        raise CommandError("--activations is for --format compressed-tensors and onnx; leave it out.")
-    options = {"activations": arguments.activations} if arguments.activations else {}
+    takers = formats_that_take("activations")
+    if arguments.activations and arguments.format not in takers:
+        raise CommandError(f"--activations is for --format {' and '.join(takers)}; leave it out.")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     export(
-        arguments.source, arguments.destination, arguments.format, overwrite=arguments.overwrite, **options
+        arguments.source,
+        arguments.destination,
+        arguments.format,
+        activations=arguments.activations,
+        overwrite=arguments.overwrite,
     )
     destination = str(arguments.destination)
     result = {"source": arguments.source, "destination": destination, "format": arguments.format}

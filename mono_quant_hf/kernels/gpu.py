@@ -68,18 +68,13 @@ INT8_TILES: dict[str, list[tuple[int, Tile, Tile]]] = {
         (512, Tile(64, 128, 128, 4, 4), Tile(128, 128, 128, 8, 3)),
         (1024, Tile(128, 128, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
     ],
-    "sm_90": [
-        (32, Tile(32, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4)),
-        (128, Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4)),
-        (512, Tile(64, 128, 128, 4, 4), Tile(128, 128, 128, 8, 3)),
-        (1024, Tile(128, 256, 128, 8, 3), Tile(128, 256, 128, 8, 3)),
-    ],
     "hip": [
         (32, Tile(32, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2)),
         (128, Tile(64, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     ],
 }
 """The same for int8 activations; by architecture where it has tiles of its own."""
+INT8_TILES["sm_90"] = [*INT8_TILES["cuda"][:-1], (1024, Tile(128, 256, 128, 8, 3), Tile(128, 256, 128, 8, 3))]
 VECTOR_TILE = Tile(1, 4, 1024, 4, 2)
 EXPANSION_TILE = Tile(1, 16, 1024, 8, 1)
 GROUP_M = 8

@@ -23,6 +23,16 @@ FORMATS: dict[str, type[Exporter]] = {
 }
 
 
+def formats_that_take(option: str) -> list[str]:
+    """The formats that have an option of `export` which not every format has.
+
+    Example:
+        >>> formats_that_take("activations")
+        ['compressed-tensors', 'onnx']
+    """
+    return [name for name, exporter in FORMATS.items() if option in exporter.takes]
+
+
 def export(
     model: PreTrainedModel | str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -80,6 +90,6 @@ def export(
     exporter = FORMATS[format]
     for name, value in (("activations", activations), ("inputs", inputs)):
         if value is not None and name not in exporter.takes:
-            formats = " and ".join(known for known in FORMATS if name in FORMATS[known].takes)
-            raise HubError(f"{name}= is for {formats}, not {format}; leave it out.")
+            takers = " and ".join(formats_that_take(name))
+            raise HubError(f"{name}= is for {takers}, not {format}; leave it out.")
     exporter(model, destination, activations, tokenizer, overwrite, max_shard_size, inputs).run()

@@ -48,28 +48,23 @@ _add_bytes = inline_always(dots(BYTES))  # a call with so many numbers costs as 
 # ---------------------------------------------------------------- the planes of x
 
 
-@inline
-def _quantize_int16(values, k, codes, inverse):
-    """codes = round(values * inverse), and their sum."""
-    source, target = at(np.float32, values), at(np.int16, codes)
-    total = np.int64(0)
-    for i in range(k):
-        code = np.int32(np.rint(source[i] * inverse))
-        target[i] = np.int16(code)
-        total += code
-    return total
+def _rounding(integer, offset):
+    @inline
+    def quantize(values, k, codes, inverse):
+        """codes = round(values * inverse) + offset; the sum of the codes without the offset."""
+        source, target = at(np.float32, values), at(integer, codes)
+        total = np.int64(0)
+        for i in range(k):
+            code = np.int32(np.rint(source[i] * inverse))
+            target[i] = integer(code + np.int32(offset))
+            total += code
+        return total
+
+    return quantize
 
 
-@inline
-def _quantize_byte(values, k, codes, inverse):
-    """The same with 128 added to the codes, which are unsigned."""
-    source, target = at(np.float32, values), at(np.uint8, codes)
-    total = np.int32(0)
-    for i in range(k):
-        code = np.int32(np.rint(source[i] * inverse))
-        target[i] = np.uint8(code + np.int32(128))
-        total += code
-    return np.int64(total)
+_quantize_int16 = _rounding(np.int16, 0)
+_quantize_byte = _rounding(np.uint8, 128)
 
 
 @inline
@@ -121,6 +116,7 @@ def _count_pass(a, token, _, own):
     planes = at(np.int64, a.planes)
     bits, total = _size(widen(a, token), k)
     largest = same_bits(np.float32, bits)
+    at(np.float32, a.largest)[token] = largest
     planes[token] = 0
     if bits >= 0x7F800000 or (largest < np.float32(1e-25) and bits != 0):
         return
@@ -153,42 +149,41 @@ def _place_planes(a):
 
 @by_chunks
 def _codes_pass(a, token, _, rest):
-    k = a.k
-    count = at(np.int64, a.planes)[token]
+    """The planes of a token, their steps and the sums of their codes; both then in steps of the first."""
+    k, place = a.k, at(np.int64, a.starts)[token]
+    values, largest = a.floats + 4 * k * token, at(np.float32, a.largest)[token]
+    steps, sums, count = at(np.float64, a.steps), at(np.float64, a.sums), at(np.int64, a.planes)[token]
     if count == 0:
         return
-    place = at(np.int64, a.starts)[token]
-    values = a.floats + 4 * k * token
-    steps, sums = at(np.float64, a.steps), at(np.float64, a.sums)
-    bits, _ = _size(values, k)
-    largest = same_bits(np.float32, bits)
     at(np.int64, a.tokens)[place] = token
-    first_step, total = np.float64(0.0), np.float64(0.0)
-    i = 0
-    while i < count:
-        plane = place + i
-        if a.byte_planes == 0 or count == 1:
-            step = largest / np.float32(_LARGEST if a.byte_planes == 0 else 127)
-            if a.byte_planes == 0:
-                low = _quantize_int16(values, k, a.codes + 2 * k * plane, _inverse(step))
-            else:
-                low = _quantize_byte(values, k, a.codes + k * plane, _inverse(step))
-            of_plane, high, planes = np.float64(step), np.int64(0), 1
-        else:
+    in_pairs = a.byte_planes != 0 and count > 1
+    done = 0
+    while done < count:
+        plane = place + done
+        if in_pairs:
             step = largest / np.float32(_LARGEST_OF_TWO)
             high, low = _quantize_bytes(values, k, a.codes + k * plane, _inverse(step))
-            of_plane, planes = 256.0 * np.float64(step), 2
-        if i == 0:
-            first_step = of_plane if of_plane != 0.0 else 1.0
-        steps[plane] = of_plane / first_step
-        total += (np.float64(high) if planes == 2 else np.float64(low)) * steps[plane]
-        if planes == 2:
-            steps[plane + 1] = np.float64(step) / first_step
-            total += np.float64(low) * steps[plane + 1]
-        i += planes
-        if i < count:
+            steps[plane], steps[plane + 1] = 256.0 * np.float64(step), np.float64(step)
+            sums[plane], sums[plane + 1] = np.float64(high), np.float64(low)
+            done += 2
+        elif a.byte_planes != 0:
+            step = largest / np.float32(127)
+            steps[plane] = np.float64(step)
+            sums[plane] = np.float64(_quantize_byte(values, k, a.codes + k * plane, _inverse(step)))
+            done += 1
+        else:
+            step = largest / np.float32(_LARGEST)
+            steps[plane] = np.float64(step)
+            sums[plane] = np.float64(_quantize_int16(values, k, a.codes + 2 * k * plane, _inverse(step)))
+            done += 1
+        if done < count:
             _leave(values, k, step, rest)
             values, largest = rest, step * np.float32(_REST)
+    first_step = steps[place] if steps[place] != 0.0 else 1.0
+    total = 0.0
+    for plane in range(place, place + count):
+        steps[plane] /= first_step
+        total += sums[plane] * steps[plane]
     steps[place], sums[place] = first_step, total
 
 
@@ -316,7 +311,7 @@ def linear_integers(address, room, given):
     slice_bytes = max(8 * 3 * chunk + 4 * (chunk + ROWS * TOKENS), 4 * k)
     most = 2 if a.byte_planes == 0 else min(TOKENS, 4)
     code_bytes = 2 * most * m * k if a.byte_planes == 0 else (most * m + 1) * k
-    sizes = (x_bytes(a), 8 * most * m, 8 * most * m, code_bytes, 8 * m, 8 * m, 8 * most * m)
+    sizes = (x_bytes(a), 8 * most * m, 8 * most * m, code_bytes, 4 * m, 8 * m, 8 * m, 8 * most * m)
     missing = lay_out(a, slice_bytes, sizes)
     if missing != 0:
         return missing

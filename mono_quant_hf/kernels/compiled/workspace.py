@@ -42,6 +42,7 @@ _PARTS = (  # where they begin
     "sums",  # of the rows of x, or of the codes of a token in steps of its first plane, where that is: float64
     "steps",  # the scale of the first plane of a token, and how it fits into that of each further one: float64
     "codes",  # planes of x, [planes, K]: int16, or uint8 with 128 added and a last one that is all ones
+    "largest",  # |x| of a token: float32 [M]
     "planes",  # how many a token has: int64 [M]; none where it has no codes and is computed in floats
     "starts",  # the first plane of a token: int64 [M]
     "tokens",  # to which a plane belongs, of a token's first one: int64
