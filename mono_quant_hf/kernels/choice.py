@@ -193,7 +193,7 @@ def decide_int8(
             return Choice("int8", "it was asked for")
         if _is_small(n, k):
             return Choice("", "the weight is small")
-        if not processor.BYTE_UNITS:
+        if not processor.BYTE_PRODUCTS:
             return _no_gain("this processor has no int8 matrix instructions")
         return Choice("int8", "int8 products in hardware")
     if device == "cuda" and not gpu.why_missing(torch.device(device)):

@@ -11,11 +11,11 @@ From the bottom up:
 from .codes import encode, expand
 from .floats import linear_floats
 from .instructions import CACHE
-from .integers import byte_planes, linear_integers
-from .tiles import BYTE_UNITS, HALF, INTEGER_UNITS, STREAMS_FLOATS, VECTOR_BYTES, X86
+from .integers import BYTE_PRODUCTS, byte_planes, linear_integers
+from .tiles import HALF, INTEGER_UNITS, STREAMS_FLOATS, VECTOR_BYTES, X86
 
 __all__ = [
-    "BYTE_UNITS",
+    "BYTE_PRODUCTS",
     "CACHE",
     "ENTRIES",
     "HALF",

@@ -24,7 +24,7 @@ def _by_rows(body):
             a.threads = 1
         missing = lay_out(a, 0, (0,))
         if missing == 0:
-            run(a, a.threads, a.n, rows_in_chunk(a, 4 * a.k))
+            run(a, a.threads, a.n, rows_in_chunk(a, 4 * a.k, 1))
         return missing
 
     return compute

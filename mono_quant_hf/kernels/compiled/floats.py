@@ -73,7 +73,7 @@ def linear_floats(address, room, given):
         if a.zero_point != 0:
             at(np.float64, a.sums)[token] = _sum(values, a.k)
     if a.scale == 0:
-        _halves_pass(a, a.threads, a.n, rows_in_chunk(a, a.k))
+        _halves_pass(a, a.threads, a.n, rows_in_chunk(a, a.k, ROWS))
     else:
-        _codes_pass(a, a.threads, a.n, rows_in_chunk(a, a.k))
+        _codes_pass(a, a.threads, a.n, rows_in_chunk(a, a.k, ROWS))
     return 0

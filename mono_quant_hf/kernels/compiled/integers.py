@@ -9,7 +9,8 @@ import numpy as np
 
 from .floats import plain_dot
 from .instructions import at, inline, inline_always, inline_summing, prefetch, same_bits
-from .tiles import BYTES, INT16, LANES, ROWS, TOKENS, dots, scale_dots, to_floats
+from .panels import PANEL_ROWS, PANEL_TOKENS, PANELS, UNIT, fill, multiply
+from .tiles import BYTE_UNITS, BYTES, INT16, LANES, ROWS, TOKENS, dots, scale_dots, to_floats
 from .workspace import (
     FLOAT32,
     LITTLE,
@@ -33,16 +34,26 @@ from .workspace import (
 _LARGEST = 32767
 _LONGEST = 510 * LANES
 _LONGEST_OF_BYTES = 65_000  # the same for codes of x in 8 bits: so many products of 255 * 128 fit one int32
-# |first plane| <= 127 where that times 256, and what the second adds, are 16 bits.
-_LARGEST_OF_TWO = 127 * 256 + 127
+# Without VNNI the products of two codes are summed in int16, which holds those of int8 by 7 bits.
+_LARGEST_BYTE = 127 if BYTE_UNITS else 63
+_BASE = _LARGEST_BYTE + 1  # added to codes of int8, so that they are unsigned; and what a first plane counts
+_SHIFT = 8 if BYTE_UNITS else 7
+_LARGEST_OF_TWO = _LARGEST_BYTE * 2 * _BASE + _LARGEST_BYTE
 # A typical entry of x under this many steps of its token's scale would lose accuracy (60 dB for a result made
 # of typical entries alone, as 20 log10(256 * sqrt(12 * pi / 2))): such a token gets more planes of codes.
 _FEWEST_STEPS = 256.0
 _FEWEST_STEPS_OF_8_BITS = 5.0  # SmolLM2: 0.3 % of its perplexity, two planes for a quarter of its products
 _REST = 0.51  # of a step: what is left of a value that was rounded to it, and a little more
 
+BYTE_PRODUCTS = BYTE_UNITS or PANELS  # those of int8 by int8 outrun those of int8 by int16
+
 _add_int16 = inline(dots(INT16))
 _add_bytes = inline_always(dots(BYTES))  # a call with so many numbers costs as much as a short product
+
+_FEWEST_TOKENS = 9  # for which a panel is repaid
+_MOST_UNITS = 256  # of int16: 512 products of 128 * 32767 fit one int32; and a tile's x stays in the nearest cache
+_fill_int16, _fill_bytes = inline(fill(2)), inline(fill(4))
+_multiply_int16, _multiply_bytes = multiply(2), multiply(4)
 
 
 # ---------------------------------------------------------------- the planes of x
@@ -64,19 +75,19 @@ def _rounding(integer, offset):
 
 
 _quantize_int16 = _rounding(np.int16, 0)
-_quantize_byte = _rounding(np.uint8, 128)
+_quantize_byte = _rounding(np.uint8, _BASE)
 
 
 @inline
-def _quantize_bytes(values, k, codes, inverse):
-    """256 * high + low = round(values * inverse): two planes, and the sums of each."""
-    source, high, low = at(np.float32, values), at(np.uint8, codes), at(np.uint8, codes + k)
+def _quantize_bytes(values, k, codes, stride, inverse):
+    """2 * _BASE * high + low = round(values * inverse): two planes, and the sums of each."""
+    source, high, low = at(np.float32, values), at(np.uint8, codes), at(np.uint8, codes + stride)
     highs, lows = np.int32(0), np.int32(0)
     for i in range(k):
         code = np.int32(np.rint(source[i] * inverse))
-        first = (code + np.int32(128)) >> np.int32(8)
-        second = code - (first << np.int32(8))
-        high[i], low[i] = np.uint8(first + np.int32(128)), np.uint8(second + np.int32(128))
+        first = (code + np.int32(_BASE)) >> np.int32(_SHIFT)
+        second = code - (first << np.int32(_SHIFT))
+        high[i], low[i] = np.uint8(first + np.int32(_BASE)), np.uint8(second + np.int32(_BASE))
         highs += first
         lows += second
     return np.int64(highs), np.int64(lows)
@@ -109,8 +120,18 @@ def _inverse(step):
     return np.float32(0.0) if step == np.float32(0.0) else np.float32(1.0) / step
 
 
-@by_chunks
-def _count_pass(a, token, _, own):
+def _each_token(body):
+    body = inline(body)
+
+    def tokens(a, first, last, own):
+        for token in range(first, last):
+            body(a, token, own)
+
+    return by_chunks(tokens)
+
+
+@_each_token
+def _count_pass(a, token, own):
     """How many planes a token has; 0 where it has no codes: NaN, infinite or tiny values."""
     k = a.k
     planes = at(np.int64, a.planes)
@@ -124,7 +145,7 @@ def _count_pass(a, token, _, own):
     spread = k > 1 and typical < np.float32(_FEWEST_STEPS / _LARGEST) * largest
     if a.byte_planes == 0:
         planes[token] = 2 if spread else 1
-    elif typical >= np.float32(_FEWEST_STEPS_OF_8_BITS / 127.0) * largest:
+    elif typical >= np.float32(_FEWEST_STEPS_OF_8_BITS / _LARGEST_BYTE) * largest:
         planes[token] = 1
     else:
         planes[token] = 2 if not spread else 4 if TOKENS == 4 else 0  # no tile holds four
@@ -147,8 +168,8 @@ def _place_planes(a):
         a.without_codes += planes[token] == 0
 
 
-@by_chunks
-def _codes_pass(a, token, _, rest):
+@_each_token
+def _codes_pass(a, token, rest):
     """The planes of a token, their steps and the sums of their codes; both then in steps of the first."""
     k, place = a.k, at(np.int64, a.starts)[token]
     values, largest = a.floats + 4 * k * token, at(np.float32, a.largest)[token]
@@ -160,21 +181,22 @@ def _codes_pass(a, token, _, rest):
     done = 0
     while done < count:
         plane = place + done
+        codes = a.codes + a.stride * plane
         if in_pairs:
             step = largest / np.float32(_LARGEST_OF_TWO)
-            high, low = _quantize_bytes(values, k, a.codes + k * plane, _inverse(step))
-            steps[plane], steps[plane + 1] = 256.0 * np.float64(step), np.float64(step)
+            high, low = _quantize_bytes(values, k, codes, a.stride, _inverse(step))
+            steps[plane], steps[plane + 1] = 2.0 * _BASE * np.float64(step), np.float64(step)
             sums[plane], sums[plane + 1] = np.float64(high), np.float64(low)
             done += 2
         elif a.byte_planes != 0:
-            step = largest / np.float32(127)
+            step = largest / np.float32(_LARGEST_BYTE)
             steps[plane] = np.float64(step)
-            sums[plane] = np.float64(_quantize_byte(values, k, a.codes + k * plane, _inverse(step)))
+            sums[plane] = np.float64(_quantize_byte(values, k, codes, _inverse(step)))
             done += 1
         else:
             step = largest / np.float32(_LARGEST)
             steps[plane] = np.float64(step)
-            sums[plane] = np.float64(_quantize_int16(values, k, a.codes + 2 * k * plane, _inverse(step)))
+            sums[plane] = np.float64(_quantize_int16(values, k, codes, _inverse(step)))
             done += 1
         if done < count:
             _leave(values, k, step, rest)
@@ -182,6 +204,8 @@ def _codes_pass(a, token, _, rest):
     first_step = steps[place] if steps[place] != 0.0 else 1.0
     total = 0.0
     for plane in range(place, place + count):
+        for i in range(k if a.byte_planes != 0 else 2 * k, a.stride):
+            at(np.uint8, a.codes + a.stride * plane)[i] = np.uint8(0)
         steps[plane] /= first_step
         total += sums[plane] * steps[plane]
     steps[place], sums[place] = first_step, total
@@ -194,23 +218,31 @@ def _codes_pass(a, token, _, rest):
 def _tile_dots(a, rows, planes, row, plane, offsets, sums):
     """sums[p, r] = w[row + r] . codes of plane + p, exact where they are int8; `offsets` belong to the rows."""
     k, w = a.k, a.weight + a.k * row
+    _begin_sums(a, rows, planes, offsets, sums)
+    codes = a.codes + a.stride * plane
+    if a.byte_planes != 0:
+        _add_bytes(rows, planes, (w, k, codes, a.stride, k), sums)
+        return
+    for done in range(0, k, _LONGEST):  # int8 by int16, `_LONGEST` products at a time
+        operands = (w + done, k, codes + 2 * done, a.stride, min(_LONGEST, k - done))
+        _add_int16(rows, planes, operands, sums)
+
+
+@inline
+def _begin_sums(a, rows, planes, offsets, sums):
     if a.byte_planes == 0:
         zero(sums, rows * planes)
-        for done in range(0, k, _LONGEST):  # int8 by int16, `_LONGEST` products at a time
-            operands = (w + done, k, a.codes + 2 * (k * plane + done), 2 * k, min(_LONGEST, k - done))
-            _add_int16(rows, planes, operands, sums)
         return
     target, source = at(np.int32, sums), at(np.int32, offsets)
     for p in range(planes):
         for r in range(rows):
             target[p * rows + r] = source[r]
-    _add_bytes(rows, planes, (w, k, a.codes + k * plane, k, k), sums)
 
 
 @inline
 def _tell_rows(a, first, last, told):
-    """Scale, zero-point and bias of some rows of the weight as float64 [3, chunk], for `_finish`; then what the 128
-    added to int8 codes of x makes of each row.
+    """Scale, zero-point and bias of some rows of the weight as float64 [3, chunk], for `_finish`; then what the
+    `_BASE` added to int8 codes of x makes of each row.
     """
     values, chunk = at(np.float64, told), a.chunk
     offsets = told + 8 * 3 * chunk
@@ -222,34 +254,38 @@ def _tell_rows(a, first, last, told):
         if a.byte_planes != 0:
             offset = at(np.int32, offsets + 4 * place)
             offset[0] = 0
-            ones = (a.weight + a.k * row, a.k, a.codes + a.k * a.rows, a.k, a.k)
+            ones = (a.weight + a.k * row, a.k, a.codes + a.stride * a.rows, a.k, a.k)
             _add_bytes(1, 1, ones, offsets + 4 * place)
-            offset[0] *= np.int32(-128)
+            offset[0] *= np.int32(-_BASE)
 
 
 @inline
-def _finish(a, row, rows, plane, planes, sums, told):
-    """Scale, add the bias, write: y of `ROWS` rows or fewer, and of the tokens of some planes."""
+def _finish(a, row, rows, wide, plane, planes, sums, told):
+    """Scale, add the bias, write: y of so many rows, and of the tokens of some planes. `sums` are [planes, wide], of
+    which this many are `rows`.
+    """
     steps, totals, counts = at(np.float64, a.steps), at(np.float64, a.sums), at(np.int64, a.planes)
+    whole = rows // ROWS * ROWS
     p = plane
     while p < plane + planes:
         token = at(np.int64, a.tokens)[p]
         count, step, total = counts[token], steps[p], totals[p]
-        dots = sums + 4 * ROWS * (p - plane)
+        dots = sums + 4 * wide * (p - plane)
         if a.byte_planes != 0:
-            for i in range(count):
-                to_floats(dots + 4 * ROWS * i)
+            for i in range(0, count * wide, ROWS):
+                to_floats(dots + 4 * i)
         own = at(np.float32, dots)
         for i in range(1, count):
             for r in range(rows):
-                own[r] += np.float32(np.float64(own[ROWS * i + r]) * steps[p + i])
+                own[r] += np.float32(np.float64(own[wide * i + r]) * steps[p + i])
         place = token * a.n + row
-        if a.dtype == FLOAT32 and rows == ROWS:
-            scale_dots(dots, told, 8 * a.chunk, total, step, a.out + 4 * place)
-        else:
-            scale_dots(dots, told, 8 * a.chunk, total, step, dots)
-            for r in range(rows):
-                write(a, place + r, own[r])
+        in_place = a.dtype == FLOAT32
+        for r in range(0, rows, ROWS):
+            direct = in_place and r < whole
+            target = a.out + 4 * (place + r) if direct else dots + 4 * r
+            scale_dots(dots + 4 * r, told + 8 * r, 8 * a.chunk, total, step, target)
+        for r in range(whole if in_place else 0, rows):
+            write(a, place + r, own[r])
         p += count
 
 
@@ -270,33 +306,80 @@ def _products(a):
     told = own_slice(a)  # divided as `linear_integers` says
     offsets = told + 8 * 3 * chunk
     sums = offsets + 4 * chunk
+    tokens = PANEL_TOKENS if a.panels != 0 else TOKENS
     following = next_chunk(a)
     while following < n:
         first, following = following, next_chunk(a)
         last = min(first + chunk, n)
-        whole = first + (last - first) // ROWS * ROWS
         # a share of the next chunk is fetched from memory beside each tile of x
         wanted, wanted_end = a.weight + k * following, a.weight + k * min(following + chunk, n)
-        share = (k * chunk * TOKENS // max(m, 1) + 63) // 64 * 64
+        share = (k * chunk * tokens // max(m, 1) + 63) // 64 * 64
         _tell_rows(a, first, last, told)
         if a.without_codes != 0:
             _without_codes(a, first, last)
+        if a.panels != 0:
+            _fill_panels(a, first, last, sums + 4 * chunk * PANEL_TOKENS)
         plane = 0
         while plane < m:  # a tile's rows of x stay in the nearest cache while the chunk passes by
-            planes = TOKENS if m - plane >= TOKENS else 2 if m - plane >= 2 else 1
             for line in range(wanted, min(wanted + share, wanted_end), 64):
                 prefetch(line)
             wanted += share
-            for row in range(first, whole, ROWS):
-                _tile_dots(a, ROWS, planes, row, plane, offsets + 4 * (row - first), sums)
-                _finish(a, row, ROWS, plane, planes, sums, told + 8 * (row - first))
-            if whole < last:
-                for p in range(planes):
-                    for row in range(whole, last):
-                        place = sums + 4 * (ROWS * p + row - whole)
-                        _tile_dots(a, 1, 1, row, plane + p, offsets + 4 * (row - first), place)
-                _finish(a, whole, last - whole, plane, planes, sums, told + 8 * (whole - first))
+            if a.panels != 0:
+                planes = min(PANEL_TOKENS, m - plane)
+                _by_panels(a, first, last, plane, planes, offsets, sums, told)
+            else:
+                planes = TOKENS if m - plane >= TOKENS else 2 if m - plane >= 2 else 1
+                _by_dots(a, first, last, plane, planes, offsets, sums, told)
             plane += planes
+
+
+@inline
+def _by_dots(a, first, last, plane, planes, offsets, sums, told):
+    whole = first + (last - first) // ROWS * ROWS
+    for row in range(first, whole, ROWS):
+        _tile_dots(a, ROWS, planes, row, plane, offsets + 4 * (row - first), sums)
+        _finish(a, row, ROWS, ROWS, plane, planes, sums, told + 8 * (row - first))
+    if whole < last:
+        for p in range(planes):
+            for row in range(whole, last):
+                place = sums + 4 * (ROWS * p + row - whole)
+                _tile_dots(a, 1, 1, row, plane + p, offsets + 4 * (row - first), place)
+        _finish(a, whole, last - whole, ROWS, plane, planes, sums, told + 8 * (whole - first))
+
+
+@inline
+def _fill_panels(a, first, last, panel):
+    for row in range(first, last, PANEL_ROWS):
+        rows = min(PANEL_ROWS, last - row)
+        if a.byte_planes != 0:
+            _fill_bytes(a.weight + a.k * row, a.k, rows, panel)
+        else:
+            _fill_int16(a.weight + a.k * row, a.k, rows, panel)
+        panel += PANEL_ROWS * a.stride
+
+
+@inline
+def _by_panels(a, first, last, plane, planes, offsets, sums, told):
+    """The same from the panels that stand after `sums`, [panels, tokens, rows of a panel]."""
+    each = PANEL_TOKENS * PANEL_ROWS
+    filled = sums + 4 * a.chunk * PANEL_TOKENS
+    count = (last - first + PANEL_ROWS - 1) // PANEL_ROWS
+    for i in range(count):
+        _begin_sums(a, PANEL_ROWS, PANEL_TOKENS, offsets + 4 * PANEL_ROWS * i, sums + 4 * each * i)
+    units = a.stride // UNIT
+    for done in range(0, units, _MOST_UNITS):
+        some = min(_MOST_UNITS, units - done)
+        codes = a.codes + a.stride * plane + UNIT * done
+        for i in range(count):
+            panel = filled + PANEL_ROWS * (a.stride * i + UNIT * done)
+            if a.byte_planes != 0:
+                _multiply_bytes(panel, codes, a.stride, some, sums + 4 * each * i)
+            else:
+                _multiply_int16(panel, codes, a.stride, some, sums + 4 * each * i)
+    for i in range(count):
+        row = first + PANEL_ROWS * i
+        rows = min(PANEL_ROWS, last - row)
+        _finish(a, row, rows, PANEL_ROWS, plane, planes, sums + 4 * each * i, told + 8 * PANEL_ROWS * i)
 
 
 @entry
@@ -306,20 +389,28 @@ def linear_integers(address, room, given):
     if a.n * k * m < LITTLE:
         a.threads = 1
     several = a.threads if m * k > LITTLE else 1
-    chunk = rows_in_chunk(a, k)
-    # of `_tell_rows`, and a tile's sums; or the rest of a token's values
-    slice_bytes = max(8 * 3 * chunk + 4 * (chunk + ROWS * TOKENS), 4 * k)
+    code = 1 if a.byte_planes != 0 else 2
+    a.stride = (code * k + UNIT - 1) // UNIT * UNIT
+    a.panels = PANELS and m >= _FEWEST_TOKENS and a.n >= PANEL_ROWS
+    # of `_tell_rows`, and the sums of a tile or of a chunk's panels, which follow; or the rest of a token's values
+    if a.panels != 0:
+        chunk = rows_in_chunk(a, a.stride, PANEL_ROWS)
+        slice_bytes = chunk * (8 * 3 + 4 + 4 * PANEL_TOKENS + a.stride)
+    else:
+        chunk = rows_in_chunk(a, k, ROWS)
+        slice_bytes = 8 * 3 * chunk + 4 * (chunk + ROWS * TOKENS)
     most = 2 if a.byte_planes == 0 else min(TOKENS, 4)
-    code_bytes = 2 * most * m * k if a.byte_planes == 0 else (most * m + 1) * k
-    sizes = (x_bytes(a), 8 * most * m, 8 * most * m, code_bytes, 4 * m, 8 * m, 8 * m, 8 * most * m)
-    missing = lay_out(a, slice_bytes, sizes)
+    planes = most * m + PANEL_TOKENS  # of which a last tile reads some that are of no token; one is of ones
+    sizes = (x_bytes(a), 8 * most * m, 8 * most * m, a.stride * planes, 4 * m, 8 * m, 8 * m, 8 * most * m)
+    missing = lay_out(a, max(slice_bytes, 4 * k), sizes)
     if missing != 0:
         return missing
-    _count_pass(a, several, m, 1)
+    some = min(m // (4 * several) + 1, 16)
+    _count_pass(a, several, m, some)
     _place_planes(a)
-    _codes_pass(a, several, m, 1)
+    _codes_pass(a, several, m, some)
     if a.byte_planes != 0:
-        ones = at(np.uint8, a.codes + a.rows * k)
+        ones = at(np.uint8, a.codes + a.stride * a.rows)
         for i in range(k):
             ones[i] = np.uint8(1)
     _products(a, a.threads, a.n, chunk)

@@ -67,6 +67,12 @@ def _store(builder, value, address, align):
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
+def call_vector(builder, name, returns, *operands):
+    """An instruction of the processor that LLVM knows by this name."""
+    function = ir.FunctionType(returns, [operand.type for operand in operands])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), operands)
+
+
 def _add_products(builder, kind, lanes, sums, operands):
     """sums[t][r] += products of row r of the weight by row t of x, a vector of `lanes`; see `_tile`."""
     together = kind.in_a_lane if lanes > 1 else 1
@@ -91,9 +97,7 @@ def _add_products(builder, kind, lanes, sums, operands):
     def accumulate(total, a, b):
         if together > 1:
             operands = [total, b, a] if together == 4 else [a, b]
-            function = ir.FunctionType(sum_type, [operand.type for operand in operands])
-            name = _MULTIPLY_ADD[together, lanes]
-            product = builder.call(cgutils.get_or_insert_function(builder.module, function, name), operands)
+            product = call_vector(builder, _MULTIPLY_ADD[together, lanes], sum_type, *operands)
             return product if together == 4 else builder.add(total, product)
         if integer:
             return builder.add(total, builder.mul(a, b))

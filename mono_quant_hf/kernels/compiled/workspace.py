@@ -18,7 +18,6 @@ from .instructions import (
     same_bits,
     take_next,
 )
-from .tiles import ROWS
 
 _GIVEN = (
     "launcher",  # the address of GOMP_parallel
@@ -56,6 +55,8 @@ _FIELDS = np.dtype(
             "slice_bytes",
             "address",  # of the workspace
             "room",  # its bytes
+            "stride",  # bytes of a plane of codes
+            "panels",  # whether the weight is turned into some
             "rows",  # of codes: the planes of all tokens
             "without_codes",  # how many tokens are computed in floats
             "chunk",  # rows, tokens or columns in a chunk
@@ -181,9 +182,10 @@ def by_chunks(body):
 
 
 @inline
-def rows_in_chunk(a, row_bytes):
+def rows_in_chunk(a, row_bytes, together):
     """So many that they stay in a core's own cache and the threads end at about the same time."""
-    return max(min(64, _NEAR // max(row_bytes, 1), a.n // (4 * a.threads)) // ROWS * ROWS, ROWS)
+    most = min(64, _NEAR // max(row_bytes, 1), a.n // (4 * a.threads))
+    return max(most // together * together, together)
 
 
 # ---------------------------------------------------------------- x, the bias and the result
