@@ -1,18 +1,25 @@
 """How fast one quantized linear is, beside torch's float32 one: `python examples/kernel_benchmark.py`.
 
-Every row is one number of tokens. All ways take turns within a run, so that a busy machine slows them alike; a
-figure is the median of the repeats, and the ratios (time of float32 / time of this) come first. Each way walks
-through several copies of its weight, more than the processor's cache holds, as the layers of a model would be.
+    python examples/kernel_benchmark.py --sweep --plot sweep.png
+
+The second measures the layers of real models, and draws a map of the ratios. Every row is one number of tokens. All
+ways take turns within a run, so that a busy machine slows them alike; a figure is the median of the repeats, and the
+ratios (time of float32 / time of this) come first. Each way walks through several copies of its weight, more than the
+processor's cache holds, as the layers of a model would be.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib import pyplot
+from matplotlib.colors import CenteredNorm
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +27,18 @@ from mono_quant_hf.core import quantize_to_codes, sqnr
 from mono_quant_hf.kernels import choose, expand, linear
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+SHAPES = (
+    "384x384",
+    "1536x384",
+    "384x1536",
+    "768x3072",
+    "3072x768",
+    "4096x1024",
+    "576x576",
+    "1536x576",
+    "576x1536",
+)
+LARGE_SHAPES = ("2048x8192", "49152x576")
 
 
 def copies(tensor: Tensor, total_bytes: int) -> list[Tensor]:
@@ -45,10 +64,9 @@ def measure(ways: dict, repeats: int, seconds: float) -> dict[str, float]:
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
-def benchmark(arguments: argparse.Namespace) -> dict:
+def benchmark(n: int, k: int, arguments: argparse.Namespace) -> dict:
     """One table as plain data."""
     generator = torch.Generator().manual_seed(0)
-    n, k = arguments.rows, arguments.columns
     weight = torch.randn(n, k, generator=generator) / k**0.5
     codes, scale, zero_point = quantize_to_codes(weight, symmetric=arguments.symmetric)
     dequantized = expand(codes, scale, zero_point, torch.float64)
@@ -62,6 +80,9 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         ways = {
             "float32": lambda i, x=x: functional.linear(x, floats[i % len(floats)]),
             "int8": lambda i, x=x: linear(x, int8s[i % len(int8s)], scale, zero_point),
+            "int8 activations": lambda i, x=x: linear(
+                x, int8s[i % len(int8s)], scale, zero_point, activations="int8"
+            ),
             "fp16": lambda i, x=x: linear(x, halves[i % len(halves)]),
             "int8, x bf16": lambda i, xb=xb: linear(xb, int8s[i % len(int8s)], scale, zero_point),
         }
@@ -75,7 +96,11 @@ def benchmark(arguments: argparse.Namespace) -> dict:
                 "tokens": tokens,
                 "ratio": {name: milliseconds["float32"] / value for name, value in milliseconds.items()},
                 "milliseconds": milliseconds,
-                "kernel": {"int8": choose(x, codes).name, "fp16": choose(x, halves[0]).name},
+                "kernel": {
+                    "int8": choose(x, codes).name,
+                    "int8 activations": choose(x, codes, "int8").name,
+                    "fp16": choose(x, halves[0]).name,
+                },
                 "sqnr_db": decibels,
             }
         )
@@ -121,33 +146,91 @@ def table(result: dict) -> str:
         cells = [str(row["tokens"])]
         cells += [f"{row['ratio'][name]:.2f}" for name in names]
         cells += [f"{row['milliseconds'][name]:.3f}" for name in ("float32", *names)]
-        cells += [f"{row['sqnr_db']:.0f} dB", "{int8}, {fp16}".format(**row["kernel"])]
+        cells += [f"{row['sqnr_db']:.0f} dB", ", ".join(row["kernel"].values())]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def sweep_table(results: list[dict], way: str) -> str:
+    """The ratios of one way, a row for each shape."""
+    tokens = [row["tokens"] for row in results[0]["rows"]]
+    lines = [f"| {way}, tokens | " + " | ".join(map(str, tokens)) + " |", "| --- " * (len(tokens) + 1) + "|"]
+    for result in results:
+        cells = [f"{row['ratio'][way]:.2f}" for row in result["rows"]]
+        lines.append(f"| {shape_of(result)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shape_of(result: dict) -> str:
+    return "{rows} x {columns}".format(**result["weight"])
+
+
+def plot(results: list[dict], ways: list[str], path: Path) -> None:
+    """A map for each way: shapes by tokens, the ratio in words and as a colour, white where it is 1."""
+    figure, maps = pyplot.subplots(
+        1, len(ways), figsize=(0.5 + 6 * len(ways), 1.6 + 0.3 * len(results)), layout="constrained"
+    )
+    colours = CenteredNorm(vcenter=0, halfrange=math.log(4))
+    for axes, way in zip(np.atleast_1d(maps), ways, strict=True):
+        ratios = np.array([[row["ratio"][way] for row in result["rows"]] for result in results])
+        axes.imshow(np.log(ratios), cmap="RdBu", norm=colours, aspect="auto")
+        for (y, x), ratio in np.ndenumerate(ratios):
+            shade = "white" if abs(math.log(ratio)) > 1 else "black"
+            axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", color=shade, fontsize=8)
+        axes.set_xticks(range(len(ratios[0])), [row["tokens"] for row in results[0]["rows"]])
+        axes.set_yticks(range(len(results)), [shape_of(result) for result in results])
+        axes.set(title=f"{way}: times as fast as float32", xlabel="tokens")
+    machine = results[0]["machine"]
+    figure.suptitle(f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}")
+    figure.savefig(path, dpi=130)
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Rows and columns of `NxK`."""
+    n, _, k = text.partition("x")
+    if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
+        raise argparse.ArgumentTypeError(f"Expected rows x columns as in 3072x3072, got {text!r}")
+    return int(n), int(k)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=3072, help="N, the outputs (%(default)s)")
-    parser.add_argument("--columns", type=int, default=3072, help="K, the inputs (%(default)s)")
+    parser.add_argument(
+        "--shapes",
+        type=shape,
+        nargs="+",
+        default=[(3072, 3072)],
+        metavar="NxK",
+        help="of the weight (3072x3072)",
+    )
+    parser.add_argument("--sweep", action="store_true", help=f"the shapes {' '.join(SHAPES)} instead")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="M")
     parser.add_argument("--symmetric", action="store_true", help="no zero-points")
     parser.add_argument(
         "--bfloat16", action="store_true", help="torch's bfloat16 too: slow without its units"
     )
     parser.add_argument("--repeats", type=int, default=60, help="turns at most (%(default)s), 7 at least")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each row of the table (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each row of a table (%(default)s)")
     parser.add_argument(
         "--cache-mb", type=int, default=192, help="weights of each way to walk through, in MB"
     )
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--plot", type=Path, help="draw the ratios here, a PNG or SVG")
     arguments = parser.parse_args()
-    result = benchmark(arguments)
-    print(table(result))
+    shapes = [shape(text) for text in SHAPES] if arguments.sweep else arguments.shapes
+    results = []
+    for n, k in shapes:
+        results.append(benchmark(n, k, arguments))
+        print(table(results[-1]), end="\n\n", flush=True)
+    ways = ["int8", "int8 activations", "fp16"]
+    if len(results) > 1:
+        print("\n\n".join(sweep_table(results, way) for way in ways))
+    if arguments.plot:
+        plot(results, ways[:2], arguments.plot)
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

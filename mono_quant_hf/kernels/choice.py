@@ -187,15 +187,15 @@ def decide_int8(
         processor = cpu.load()
         if processor is None:
             return _no_gain(cpu.why_missing())
-        if not processor.byte_planes("int8", k):
+        if k > processor.LONGEST_OF_BYTES:
             return Choice("", f"{k} input features are too many for int32")
-        if setting == "int8":
-            return Choice("int8", "it was asked for")
-        if _is_small(n, k):
+        if setting != "int8" and _is_small(n, k):
             return Choice("", "the weight is small")
-        if not processor.BYTE_PRODUCTS:
+        if setting != "int8" and not processor.BYTE_PRODUCTS:
             return _no_gain("this processor has no int8 matrix instructions")
-        return Choice("int8", "int8 products in hardware")
+        if not cpu.ready("int8"):
+            return _no_gain(cpu.why_missing())
+        return Choice("int8", "it was asked for" if setting == "int8" else "int8 products in hardware")
     if device == "cuda" and not gpu.why_missing(torch.device(device)):
         if x_dtype not in gpu.HALVES:
             return Choice("", f"x is {x_dtype}")
@@ -231,6 +231,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def _on_cpu(weight_dtype: torch.dtype, tokens: int, small: bool, setting: str) -> Choice:
+    choice = _wanted_on_cpu(weight_dtype, tokens, small, setting)
+    if choice.name != "blocks" and not cpu.ready(choice.name):
+        return Choice("blocks", cpu.why_missing())
+    return choice
+
+
+def _wanted_on_cpu(weight_dtype: torch.dtype, tokens: int, small: bool, setting: str) -> Choice:
     processor = cpu.load()
     if processor is None:
         return Choice("blocks", cpu.why_missing())

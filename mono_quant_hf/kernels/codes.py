@@ -29,7 +29,7 @@ def quantize(
     plain = is_plain(weight)
     if plain:
         check_memory(weight=weight)
-    if not plain or not _rows_of_floats(weight, axis) or cpu.load() is None:
+    if not plain or not _rows_of_floats(weight, axis) or not cpu.ready("encode"):
         return quantize_to_codes(weight, symmetric, axis)
     shape = [len(weight)] + [1] * (weight.dim() - 1)
     codes = weight.new_empty(weight.shape, dtype=torch.int8)  # on its device, whatever the default one is
@@ -119,7 +119,7 @@ def expand_into(out: Tensor, weight: Tensor, scale: Column, zero_point: Column) 
 
 
 def _by_cpu_kernel(weight: Tensor, scale: Column, zero_point: Column) -> bool:
-    return weight.is_cpu and _codes_per_row(weight, scale, zero_point) and cpu.load() is not None
+    return weight.is_cpu and _codes_per_row(weight, scale, zero_point) and cpu.ready("expand")
 
 
 def _by_gpu_kernel(weight: Tensor, scale: Column, zero_point: Column, dtype: torch.dtype) -> bool:

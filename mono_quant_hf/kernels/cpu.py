@@ -9,10 +9,13 @@ import ctypes
 import gc
 import logging
 import os
+import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -24,10 +27,12 @@ log = logging.getLogger("mono_quant_hf")
 
 @dataclass
 class _Runtime:
-    """What is known once the kernels were asked for: the compiled module, or why there is none."""
+    """What is known once the kernels were asked for: their module, what of it is compiled, or why there is none."""
 
     asked: bool = False
     compiled: ModuleType | None = None
+    entries: dict[str, Callable[..., int]] = field(default_factory=dict)
+    owners: list[object] = field(default_factory=list)  # of the entries' code
     missing: str = ""
     launcher: int = 0
     one_at_a_time: AbstractContextManager[object] | None = None
@@ -42,7 +47,7 @@ def _in_child() -> None:
     # The child of a fork has this thread alone: the others of the OpenMP team are gone, and waiting for them
     # would never end. A lock held by another thread at the fork would stay held, Python's of an import too.
     _runtime.forked = True
-    if _runtime.lock.locked() and not _runtime.asked:
+    if _runtime.lock.locked():
         _give_up("this process was forked while another thread compiled them")
         _runtime.asked = True
     _runtime.lock = threading.Lock()
@@ -55,23 +60,40 @@ if hasattr(os, "register_at_fork"):
 
 
 def load() -> ModuleType | None:
-    """The compiled kernels, compiled or read from the cache on the first call; None where they cannot be had.
-
-    One line of log says which, and how long it took.
-    """
+    """The module of the kernels, of which nothing is compiled yet; None where they cannot be had."""
     if not _runtime.asked:
         with _runtime.lock:
             if not _runtime.asked:
+                _load()
+                _runtime.asked = True
+    return _runtime.compiled
+
+
+def ready(name: str) -> bool:
+    """Whether an entry can be called: compiled, or read from the cache, when it is first asked for.
+
+    Lines of log say which, and how long it took.
+    """
+    if name not in _runtime.entries and load() is not None:
+        with _runtime.lock:
+            if name not in _runtime.entries and _runtime.compiled is not None:
                 # What is made here lives as long as the process, yet half of the time went into looking for garbage.
                 collects = gc.isenabled()
                 gc.disable()
                 try:
-                    _load()
+                    _compile(name, _runtime.compiled)
                 finally:
                     if collects:
                         gc.enable()
-                _runtime.asked = True
-    return _runtime.compiled
+    return name in _runtime.entries
+
+
+def compile_all() -> Path | None:
+    """Every entry made `ready`: the folder of Numba's cache, or None where they are not compiled or not kept."""
+    if (compiled := load()) is None or not all(ready(name) for name in compiled.ENTRIES):
+        return None
+    folder: Path | None = compiled.CACHE.folder
+    return folder
 
 
 def why_missing() -> str:
@@ -80,7 +102,6 @@ def why_missing() -> str:
 
 
 def _load() -> None:
-    start = time.perf_counter()
     try:
         import numba
 
@@ -100,26 +121,49 @@ def _load() -> None:
         _give_up(f"Numba cannot be imported ({error})")
         return
     except Exception as error:  # whatever a compiler may say, or what an interrupted import left of it
-        first = str(error).strip().partition("\n")[0]
-        _give_up(f"Numba cannot compile them here ({type(error).__name__}: {first})")
+        _give_up(_cannot_compile(error))
         return
-    seconds = time.perf_counter() - start
-    if compiled.CACHE.folder is None:
-        log.warning(
-            "The CPU kernels took %.1f s to compile, and will again in every process: no folder of Numba's "
-            "cache can be written. Set NUMBA_CACHE_DIR to one that can.",
-            seconds,
-        )
-    else:
-        done = (
-            "read from the cache" if compiled.CACHE.complete else "compiled, and cached for the next process,"
-        )
-        log.info("The CPU kernels were %s in %.1f s.", done, seconds)
     _runtime.launcher, _runtime.one_at_a_time, _runtime.compiled = launcher, one_at_a_time, compiled
 
 
+def _compile(name: str, compiled: ModuleType) -> None:
+    start = time.perf_counter()
+    had_folder = compiled.CACHE.folder is not None
+    compiled.CACHE.complete = True
+    try:
+        entry = compiled.ENTRIES[name].compiled(name)
+    except Exception as error:  # whatever a compiler may say
+        _give_up(_cannot_compile(error))
+        return
+    except BaseException:  # an interruption, after which Numba goes on with what it had half begun
+        for module in [module for module in sys.modules if module.startswith(compiled.__name__)]:
+            del sys.modules[module]
+        _runtime.compiled, _runtime.asked = None, False
+        raise
+    seconds = time.perf_counter() - start
+    if compiled.CACHE.folder is None:
+        if had_folder or not _runtime.entries:
+            log.warning(
+                "The CPU kernels are compiled anew in every process: no folder of Numba's cache can be written. "
+                "Set NUMBA_CACHE_DIR to one that can."
+            )
+    else:
+        done = (
+            "read from the cache" if compiled.CACHE.complete else "compiled, and cached for later processes,"
+        )
+        log.info("The CPU kernel %r was %s in %.1f s.", name, done, seconds)
+    _runtime.owners.append(compiled)
+    entries = compiled.ENTRIES
+    _runtime.entries.update({known: entry for known in entries if entries[known] is entries[name]})
+
+
+def _cannot_compile(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"Numba cannot compile them here ({type(error).__name__}: {first})"
+
+
 def _give_up(reason: str) -> None:
-    _runtime.missing = reason
+    _runtime.missing, _runtime.compiled = reason, None
     log.warning("No compiled CPU kernels: %s. Quantized layers work, but slower, by torch alone.", reason)
 
 
@@ -222,8 +266,7 @@ def _enter(
     out: Tensor,
 ) -> None:
     """Call the entry of this name in a workspace as large as it asks for. Every tensor is without gaps."""
-    assert _runtime.compiled is not None, "choice.py asks for a compiled way only where load() gave one"
-    entry = _runtime.compiled.ENTRIES[name]
+    entry = _runtime.entries[name]  # as `ready` said
     n = weight.shape[0]
     k = weight.numel() // n
     given = (
@@ -232,7 +275,7 @@ def _enter(
         n,
         k,
         0 if x is None else x.numel() // k,
-        _runtime.compiled.byte_planes(name, k),
+        1 if name == "int8" else 0,
         weight.data_ptr() or _no_memory("weight"),
         0 if scale is None else scale.data_ptr() or _no_memory("scale"),
         0 if zero_point is None else zero_point.data_ptr() or _no_memory("zero_point"),

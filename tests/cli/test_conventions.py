@@ -18,7 +18,18 @@ from mono_quant_hf.cli.main import main
 from tests import tiny_models
 from tests.evaluation.conftest import make_llama
 
-COMMANDS = ["demo", "evaluate", "export", "generate", "inspect", "push", "quantize", "search", "verify"]
+COMMANDS = [
+    "compile",
+    "demo",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "push",
+    "quantize",
+    "search",
+    "verify",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,7 +11,18 @@ from mono_quant_hf.cli.main import parser
 from mono_quant_hf.hub.export import FORMATS
 from mono_quant_hf.names import EXPORT_FORMATS
 
-COMMANDS = ("demo", "evaluate", "export", "generate", "inspect", "push", "quantize", "search", "verify")
+COMMANDS = (
+    "compile",
+    "demo",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "push",
+    "quantize",
+    "search",
+    "verify",
+)
 # Ends as the installed script does, and says what was imported; or says when torch is being imported.
 SCRIPT = """
 import builtins, signal, sys

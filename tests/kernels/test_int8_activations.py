@@ -51,7 +51,7 @@ def test_a_token_whose_values_are_far_apart_keeps_16_bits():
     x[20, 5] = 1e6
     result = linear(x, weight, scale, zero_point, activations="int8")
     error = [sqnr(*pair) for pair in zip(exact(x, weight, scale, zero_point), result.double(), strict=True)]
-    assert min(error[10:21]) > 60 and min(error) > 35
+    assert min(error[10:21]) > 60 and min(error) > 28  # 7 bits without VNNI, 6 dB less than 8
     assert max(error[:10]) < 60  # 8 bits are enough for these
 
 
@@ -159,7 +159,7 @@ def test_what_was_chosen_and_why(monkeypatch, caplog):
         assert "float was asked for" in choose(x, weight, "int8").reason
     choice.decide_int8.cache_clear()
     choice._no_gain.cache_clear()
-    monkeypatch.setattr(cpu.load(), "BYTE_UNITS", False)
+    monkeypatch.setattr(cpu.load(), "BYTE_PRODUCTS", False)
     with use_kernel("auto"), caplog.at_level(logging.WARNING, "mono_quant_hf"):
         assert "no int8 matrix instructions" in choose(x, weight, "int8").reason
         assert choose(torch.randn(41, 640), weight, "int8").name != "int8"

@@ -64,12 +64,24 @@ def test_float16(way, dtype, with_bias):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("n", "k"),
-    ((1, 1), (1, 64), (5, 1), (3, 31), (4, 32), (7, 33), (65, 127), (6, 8160), (9, 8200), (5, 20000)),
+    (
+        (1, 1),
+        (1, 64),
+        (5, 1),
+        (3, 31),
+        (4, 32),
+        (7, 33),
+        (65, 127),
+        (6, 8160),
+        (9, 8200),
+        (5, 20000),
+        (35, 1030),
+    ),
 )
 @pytest.mark.parametrize("half", (False, True))
 def test_odd_shapes(way, n, k, half):
     weight, scale, zero_point = (torch.randn(n, k).half(), None, None) if half else codes(n, k)
-    for tokens in (1, 2, 3, 4, 5, 7):
+    for tokens in (1, 2, 3, 4, 5, 7, 13):
         x = torch.randn(tokens, k)
         with use_kernel(way):
             close(linear(x, weight, scale, zero_point), x, weight, scale, zero_point)
@@ -110,7 +122,7 @@ def test_gaps_in_memory(way, tokens):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tokens", (1, 5))
+@pytest.mark.parametrize("tokens", (1, 5, 20))
 @pytest.mark.parametrize("heard", (1.0, 0.0), ids=("outlier counts", "outlier meets zeros"))
 def test_outliers_do_not_drown_the_rest(way, tokens, heard):
     """25,000 times the median, also where the weight ignores the outlier and only the rest is left to see."""
@@ -133,16 +145,16 @@ def test_zero_point_far_from_the_codes_sum(way):
     weight = torch.full((16, 2048), -125, dtype=torch.int8)
     weight[:, ::97] = 127
     scale, zero_point = torch.full((16, 1), 0.01), torch.full((16, 1), -128, dtype=torch.int8)
-    for tokens in (1, 4):
+    for tokens in (1, 4, 20):
         x = torch.rand(tokens, 2048) + 1
         with use_kernel(way):
             close(linear(x, weight, scale, zero_point), x, weight, scale, zero_point)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tokens", (1, 3))
+@pytest.mark.parametrize("tokens", (1, 3, 20))
 def test_values_no_code_can_hold(way, tokens):
-    weight, scale, zero_point = codes(9, 50, symmetric=True)
+    weight, scale, zero_point = codes(19, 50, symmetric=True)
     weight[0] = 0
     for value in (float("nan"), float("inf"), -float("inf")):
         x = torch.randn(tokens, 50)
@@ -158,8 +170,8 @@ def test_values_no_code_can_hold(way, tokens):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("factor", (0.0, 1e-38, 1e-30, 1e-20, 1e20, 1e30))
 def test_tiny_and_huge_inputs(way, factor):
-    weight, scale, zero_point = codes(12, 64)
-    for tokens in (1, 4):
+    weight, scale, zero_point = codes(20, 64)
+    for tokens in (1, 4, 20):
         x = torch.randn(tokens, 64) * factor
         with use_kernel(way):
             y = linear(x, weight, scale, zero_point)
@@ -177,7 +189,7 @@ def test_float16_input_does_not_overflow_on_the_way():
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tokens", (1, 3))
+@pytest.mark.parametrize("tokens", (1, 3, 20))
 def test_autocast_changes_nothing(way, tokens):
     weight, scale, zero_point = codes(20, 60)
     bias = torch.randn(20)
@@ -214,7 +226,7 @@ def test_input_must_be_floating(dtype):
         linear(torch.ones(1, 8, dtype=dtype), *codes(6, 8))
 
 
-@pytest.mark.parametrize("tokens", (1, 3))
+@pytest.mark.parametrize("tokens", (1, 3, 20))
 def test_shapes_that_do_not_fit(tokens):
     weight, scale, zero_point = codes(6, 8)
     with pytest.raises(RuntimeError, match="does not fit the weight"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import event
 
 log = logging.getLogger("mono_quant_hf")
 
@@ -23,38 +24,34 @@ class Cache:
     def __init__(self) -> None:
         self.complete = True  # nothing had to be compiled so far
         self.folder: Path | None
-        sources = sorted(Path(__file__).parent.glob("*.py"))
         try:
-            state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-            self._seal = f"{state[:16]}.sha256"
+            self._seal = _seal_of_sources()
             self.folder = Path(numba.njit(cache=True)(_anywhere).stats.cache_path)
             seal = self.folder / self._seal
             known = set(seal.read_bytes().splitlines(keepends=True)) if seal.exists() else set()
-            if not known:
-                log.warning("Compiling the CPU kernels for this processor: some 20 s, once ...")
             for path, line in _lines(self.folder).items():
                 if line not in known:
                     path.unlink(missing_ok=True)
         except (OSError, RuntimeError):  # the latter is Numba's, where it has no folder
             self.folder = None
 
-    def compile(self, *args: Any, **options: Any) -> Any:
-        """`numba.njit` with this cache; without it from the first file on that cannot be written."""
-
-        def decorate(function: Any) -> Any:
-            if self.folder is not None:
+    def compile(self, name: str, function: Any, signature: Any, **options: Any) -> Any:
+        """`function`, called `name` to people, by `numba.njit` with this cache, or without it from the first file on
+        that cannot be written.
+        """
+        with event.install_listener("numba:compile", _Announcement(name)):
+            if self.folder is not None and self._seal == _seal_of_sources():  # no update of the package since
                 try:
-                    compiled = numba.njit(*args, cache=True, **options)(function)
+                    compiled = numba.njit(signature, cache=True, **options)(function)
                     self.complete = self.complete and bool(compiled.stats.cache_hits)
+                    self.seal()
                     return compiled
                 except (OSError, RuntimeError):
                     self.folder = None
-            return numba.njit(*args, **options)(function)
-
-        return decorate
+            return numba.njit(signature, **options)(function)
 
     def seal(self) -> None:
-        """Once all is there: write down the checksums of the files, where any was compiled."""
+        """Write down the checksums of the files, where any was compiled."""
         if self.folder is None or self.complete:
             return
         seal = self.folder / self._seal
@@ -68,6 +65,26 @@ class Cache:
         except OSError:
             self.folder = None
             aside.unlink(missing_ok=True)
+
+
+class _Announcement(event.Listener):
+    """Says that a function is being compiled, once it is: one that is read from the cache is not."""
+
+    def __init__(self, name: str) -> None:
+        self._name: str | None = name
+
+    def on_start(self, event: Any) -> None:
+        if self._name is not None:
+            log.warning("Compiling the CPU kernel %r for this processor: some 10 s, once ...", self._name)
+            self._name = None
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def _seal_of_sources() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16] + ".sha256"
 
 
 def _lines(folder: Path) -> dict[Path, bytes]:

@@ -2,22 +2,24 @@
 
 import numpy as np
 
-from .instructions import at, inline, same_bits
-from .workspace import LITTLE, begin, by_chunks, entry, lay_out, rows_in_chunk
+from .instructions import at, inline, inline_first, named, same_bits
+from .workspace import LITTLE, Entry, begin, by_chunks, lay_out, rows_in_chunk
 
 
 def _by_rows(body):
     """The entry that calls body(a, row) for each row of the weight."""
 
-    body = inline(body)
+    body = inline_first(body)
 
+    @named(_by_rows, body)
     def some_rows(a, first, last, own):
         for row in range(first, last):
             body(a, row)
 
     run = by_chunks(some_rows)
 
-    @inline
+    @inline_first
+    @named(_by_rows, body)
     def compute(address, room, given):
         a = begin(address, room, given)
         if a.n * a.k < LITTLE // 4:
@@ -40,7 +42,7 @@ def _expand(a, row):
         out[i] = np.float32(np.int32(np.int32(codes[i]) - zero_point)) * scale
 
 
-@entry
+@Entry
 def expand(address, room, given):
     """(weight - zero-point) * scale."""
     return _expand(address, room, given)
@@ -99,7 +101,7 @@ def _encode(a, row):
     _round(values, a.k, a.out + a.k * row, scale, zero_point, lowest)
 
 
-@entry
+@Entry
 def encode(address, room, given):
     """Float32 rows to codes, as core.quantize_to_codes, to the bit; the scale of a row without a range is NaN."""
     return _encode(address, room, given)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from .instructions import at, inline, inline_summing
+from .instructions import at, inline, inline_summing, named
 from .tiles import CODES, HALF, HALVES, ROWS, TOKENS, dots
-from .workspace import LITTLE, begin, by_chunks, entry, finish, lay_out, rows_in_chunk, widen, x_bytes, zero
+from .workspace import LITTLE, Entry, begin, by_chunks, finish, lay_out, rows_in_chunk, widen, x_bytes, zero
 
 
 @inline_summing
@@ -29,6 +29,7 @@ def plain_dot(w, x, k, zero_point):
 def _by_rows(kind):
     add, w_bytes, codes = inline(dots(kind)), kind.w_bytes, kind == CODES
 
+    @named(_by_rows, *kind)
     def body(a, first, last, sums):
         k, m, dot, totals = a.k, a.m, at(np.float32, sums), at(np.float64, a.sums)
         token = 0
@@ -60,7 +61,7 @@ _codes_pass = _by_rows(CODES)
 _halves_pass = _by_rows(HALVES) if HALF else _codes_pass
 
 
-@entry
+@Entry
 def linear_floats(address, room, given):
     a = begin(address, room, given)
     if a.n * a.k * a.m < LITTLE:

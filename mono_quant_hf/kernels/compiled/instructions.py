@@ -20,7 +20,26 @@ CACHE = Cache()
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
 inline = numba.njit(**OPTIONS)  # compiled into its callers, and cached with them
 inline_always = numba.njit(**OPTIONS, forceinline=True)  # where a call costs as much as what it does
+inline_first = numba.njit(
+    **OPTIONS, inline="always"
+)  # by Numba, so that LLVM optimizes it in its caller alone
 inline_summing = numba.njit(**OPTIONS, fastmath={"reassoc", "nsz", "contract"})  # in any order
+
+
+def named(maker: Any, *made_of: Any) -> Callable[[Any], Any]:
+    """Give a function that `maker` makes a name of its own, by what it is made of.
+
+    What two processes compiled may meet in a third, which reads both from the cache. Numba tells functions of one name
+    apart by a number that each process counts from the start, so that one entry would run what is another's.
+    """
+
+    def rename(function: Any) -> Any:
+        parts = [getattr(part, "py_func", part) for part in made_of]
+        names = [getattr(part, "__qualname__", str(part)) for part in parts]
+        function.__qualname__ = f"{maker.__qualname__}({', '.join(names)}).{function.__name__}"
+        return function
+
+    return rename
 
 
 def instruction(returns: Any, *takes: Any) -> Callable[[Callable[..., Any]], Any]:

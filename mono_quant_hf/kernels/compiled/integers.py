@@ -8,15 +8,15 @@ keep too few bits. So a token's result depends on itself alone.
 import numpy as np
 
 from .floats import plain_dot
-from .instructions import at, inline, inline_always, inline_summing, prefetch, same_bits
+from .instructions import at, inline, inline_always, inline_first, inline_summing, named, prefetch, same_bits
 from .panels import PANEL_ROWS, PANEL_TOKENS, PANELS, UNIT, fill, multiply
 from .tiles import BYTE_UNITS, BYTES, INT16, LANES, ROWS, TOKENS, dots, scale_dots, to_floats
 from .workspace import (
     FLOAT32,
     LITTLE,
+    Entry,
     begin,
     by_chunks,
-    entry,
     finish,
     lay_out,
     next_chunk,
@@ -33,7 +33,7 @@ from .workspace import (
 # |codes of x| <= 32767 and |codes of w| <= 128, so 511 products fit one int32; lanes are added as floats.
 _LARGEST = 32767
 _LONGEST = 510 * LANES
-_LONGEST_OF_BYTES = 65_000  # the same for codes of x in 8 bits: so many products of 255 * 128 fit one int32
+LONGEST_OF_BYTES = 65_000  # the same for codes of x in 8 bits: so many products of 255 * 128 fit one int32
 # Without VNNI the products of two codes are summed in int16, which holds those of int8 by 7 bits.
 _LARGEST_BYTE = 127 if BYTE_UNITS else 63
 _BASE = _LARGEST_BYTE + 1  # added to codes of int8, so that they are unsigned; and what a first plane counts
@@ -51,7 +51,9 @@ _add_int16 = inline(dots(INT16))
 _add_bytes = inline_always(dots(BYTES))  # a call with so many numbers costs as much as a short product
 
 _FEWEST_TOKENS = 9  # for which a panel is repaid
-_MOST_UNITS = 256  # of int16: 512 products of 128 * 32767 fit one int32; and a tile's x stays in the nearest cache
+_MOST_UNITS = (
+    256  # of int16: 512 products of 128 * 32767 fit one int32; and a tile's x stays in the nearest cache
+)
 _fill_int16, _fill_bytes = inline(fill(2)), inline(fill(4))
 _multiply_int16, _multiply_bytes = multiply(2), multiply(4)
 
@@ -61,6 +63,7 @@ _multiply_int16, _multiply_bytes = multiply(2), multiply(4)
 
 def _rounding(integer, offset):
     @inline
+    @named(_rounding, integer)
     def quantize(values, k, codes, inverse):
         """codes = round(values * inverse) + offset; the sum of the codes without the offset."""
         source, target = at(np.float32, values), at(integer, codes)
@@ -121,8 +124,9 @@ def _inverse(step):
 
 
 def _each_token(body):
-    body = inline(body)
+    body = inline_first(body)
 
+    @named(_each_token, body)
     def tokens(a, first, last, own):
         for token in range(first, last):
             body(a, token, own)
@@ -151,7 +155,7 @@ def _count_pass(a, token, own):
         planes[token] = 2 if not spread else 4 if TOKENS == 4 else 0  # no tile holds four
 
 
-@inline
+@inline_first
 def _place_planes(a):
     """The first plane of each token, those of many planes first, so that no tile holds a part of a token."""
     planes, starts = at(np.int64, a.planes), at(np.int64, a.starts)
@@ -239,7 +243,7 @@ def _begin_sums(a, rows, planes, offsets, sums):
             target[p * rows + r] = source[r]
 
 
-@inline
+@inline_first
 def _tell_rows(a, first, last, told):
     """Scale, zero-point and bias of some rows of the weight as float64 [3, chunk], for `_finish`; then what the
     `_BASE` added to int8 codes of x makes of each row.
@@ -289,7 +293,7 @@ def _finish(a, row, rows, wide, plane, planes, sums, told):
         p += count
 
 
-@inline
+@inline_first
 def _without_codes(a, first, last):
     """Tokens that have none, in floats."""
     k, counts = a.k, at(np.int64, a.planes)
@@ -319,7 +323,7 @@ def _products(a):
             _without_codes(a, first, last)
         if a.panels != 0:
             _fill_panels(a, first, last, sums + 4 * chunk * PANEL_TOKENS)
-        plane = 0
+        plane = np.int64(0)
         while plane < m:  # a tile's rows of x stay in the nearest cache while the chunk passes by
             for line in range(wanted, min(wanted + share, wanted_end), 64):
                 prefetch(line)
@@ -333,21 +337,21 @@ def _products(a):
             plane += planes
 
 
-@inline
+@inline_first
 def _by_dots(a, first, last, plane, planes, offsets, sums, told):
     whole = first + (last - first) // ROWS * ROWS
     for row in range(first, whole, ROWS):
-        _tile_dots(a, ROWS, planes, row, plane, offsets + 4 * (row - first), sums)
-        _finish(a, row, ROWS, ROWS, plane, planes, sums, told + 8 * (row - first))
+        _tile_dots(a, np.int64(ROWS), planes, row, plane, offsets + 4 * (row - first), sums)
+        _finish(a, row, np.int64(ROWS), np.int64(ROWS), plane, planes, sums, told + 8 * (row - first))
     if whole < last:
         for p in range(planes):
             for row in range(whole, last):
                 place = sums + 4 * (ROWS * p + row - whole)
-                _tile_dots(a, 1, 1, row, plane + p, offsets + 4 * (row - first), place)
-        _finish(a, whole, last - whole, ROWS, plane, planes, sums, told + 8 * (whole - first))
+                _tile_dots(a, np.int64(1), np.int64(1), row, plane + p, offsets + 4 * (row - first), place)
+        _finish(a, whole, last - whole, np.int64(ROWS), plane, planes, sums, told + 8 * (whole - first))
 
 
-@inline
+@inline_first
 def _fill_panels(a, first, last, panel):
     for row in range(first, last, PANEL_ROWS):
         rows = min(PANEL_ROWS, last - row)
@@ -358,7 +362,7 @@ def _fill_panels(a, first, last, panel):
         panel += PANEL_ROWS * a.stride
 
 
-@inline
+@inline_first
 def _by_panels(a, first, last, plane, planes, offsets, sums, told):
     """The same from the panels that stand after `sums`, [panels, tokens, rows of a panel]."""
     each = PANEL_TOKENS * PANEL_ROWS
@@ -379,10 +383,12 @@ def _by_panels(a, first, last, plane, planes, offsets, sums, told):
     for i in range(count):
         row = first + PANEL_ROWS * i
         rows = min(PANEL_ROWS, last - row)
-        _finish(a, row, rows, PANEL_ROWS, plane, planes, sums + 4 * each * i, told + 8 * PANEL_ROWS * i)
+        _finish(
+            a, row, rows, np.int64(PANEL_ROWS), plane, planes, sums + 4 * each * i, told + 8 * PANEL_ROWS * i
+        )
 
 
-@entry
+@Entry
 def linear_integers(address, room, given):
     a = begin(address, room, given)
     k, m = a.k, a.m
@@ -415,13 +421,3 @@ def linear_integers(address, room, given):
             ones[i] = np.uint8(1)
     _products(a, a.threads, a.n, chunk)
     return 0
-
-
-def byte_planes(way, k):
-    """How many planes of int8 codes a token has at least, for this way and so many input features; 0: int16 codes.
-
-    Example:
-        >>> byte_planes("int8", 640), byte_planes("int16", 640)
-        (1, 0)
-    """
-    return 1 if way == "int8" and k <= _LONGEST_OF_BYTES else 0

@@ -1,8 +1,8 @@
 """Products of many tokens: rows of the weight are turned into a panel, whose lanes are rows, so that no sum runs across
 a vector.
 
-A panel holds `PANEL_ROWS` rows as [K / unit, PANEL_ROWS, unit]: a unit is four bytes, two codes as int16 or four as int8. Codes of x
-stand in the same units, token by token, with zeros after the last.
+A panel holds `PANEL_ROWS` rows as [K / unit, PANEL_ROWS, unit]: a unit is four bytes, two codes as int16 or four as
+int8. Codes of x stand in the same units, token by token, with zeros after the last.
 """
 
 import numpy as np
@@ -10,12 +10,14 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .instructions import FLOAT, I8, I16, I32, I64, at, instruction
+from .instructions import FLOAT, I8, I16, I32, I64, at, instruction, named
 from .tiles import BYTE_UNITS, LANES, VECTOR_BYTES, X86, call_vector
 
 PANELS = X86 and VECTOR_BYTES == 32  # where they are measured to gain
 PANEL_ROWS = 2 * LANES
-PANEL_TOKENS = 6 if VECTOR_BYTES == 32 else 12  # of the registers 2 are for each token, 2 for the weight, 2 for x and a product
+PANEL_TOKENS = (
+    6 if VECTOR_BYTES == 32 else 12
+)  # of the registers 2 are for each token, 2 for the weight, 2 for x and a product
 UNIT = 4
 _INTS, _SHORTS, _BYTES = (ir.VectorType(*kind) for kind in ((I32, LANES), (I16, 2 * LANES), (I8, 4 * LANES)))
 
@@ -93,6 +95,7 @@ def fill(in_a_unit):
             for unit, column in enumerate(_turned(builder, rows)):
                 _store(builder, column, _after(builder, panel, UNIT * (PANEL_ROWS * unit + first)))
 
+    @named(fill, in_a_unit)
     def fill_panel(w, k, rows, panel):
         whole = k // block * block if rows == PANEL_ROWS else 0
         for done in range(0, whole, block):
@@ -108,8 +111,8 @@ def fill(in_a_unit):
 
 
 def multiply(in_a_unit):
-    """The function `(panel, x, x_stride, units, sums)`: sums[t, r] += panel row r . x row t for `PANEL_TOKENS` rows of x, of
-    int16 to float32, of uint8 to int32. int32 must hold what is summed.
+    """The function `(panel, x, x_stride, units, sums)`: sums[t, r] += panel row r . x row t for `PANEL_TOKENS` rows of
+    x, of int16 to float32, of uint8 to int32. int32 must hold what is summed.
     """
     exact = in_a_unit == 4
 
@@ -125,6 +128,8 @@ def multiply(in_a_unit):
 
     @instruction(types.void, *[types.int64] * 5)
     def tile(context, builder, panel, x, x_stride, units, sums):
+        if not PANELS:
+            return  # nothing calls it, and the processor has other instructions
         halves = range(0, PANEL_ROWS, LANES)
         zero = ir.Constant(_INTS, None)
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in halves] for _ in range(PANEL_TOKENS)]

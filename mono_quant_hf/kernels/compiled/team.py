@@ -19,17 +19,19 @@ def _call(context, builder, worker, work):
     builder.call(builder.inttoptr(worker, function), [builder.inttoptr(work, opaque)])
 
 
-@CACHE.compile(types.void(types.int64, types.int64, types.int64), parallel=True, error_model="numpy")
 def _share(worker, work, threads):
     for _ in numba.prange(threads):
         _call(worker, work)
 
 
+_SIGNATURE = types.void(types.int64, types.int64, types.int64)
+_SHARED = CACHE.compile("threads", _share, _SIGNATURE, parallel=True, error_model="numpy")
+
+
 @numba.cfunc(types.void(types.int64, types.int64, types.uint32, types.uint32))
 def _launch(worker, work, threads, flags):
     """The signature of GOMP_parallel."""
-    _share(worker, work, threads)
+    _SHARED(worker, work, threads)
 
 
 LAUNCHER = _launch.address
-CACHE.seal()

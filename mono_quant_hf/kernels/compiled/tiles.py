@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-from .instructions import DOUBLE, FLOAT, HALF_FLOAT, I8, I16, I32, I64, instruction
+from .instructions import DOUBLE, FLOAT, HALF_FLOAT, I8, I16, I32, I64, instruction, named
 
 _TRIPLE, _CPU, _FEATURES = cpu_target.target_context.codegen().magic_tuple()
 _HAS = set(_FEATURES.split(","))  # what Numba compiles for, which its settings can make less than the host
@@ -170,6 +170,7 @@ def dots(kind):
     full, two, one = (_tile(kind, ROWS, tokens, LANES) for tokens in (TOKENS, 2, 1))
     single, rest = (_tile(kind, 1, 1, lanes) for lanes in (LANES, 1))
 
+    @named(dots, *kind)
     def add(rows, tokens, operands, sums):
         w, w_stride, x, x_stride, k = operands
         steps = k // wide

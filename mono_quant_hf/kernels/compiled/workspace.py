@@ -14,7 +14,9 @@ from .instructions import (
     in_each_thread,
     inline,
     inline_always,
+    inline_first,
     instruction,
+    named,
     same_bits,
     take_next,
 )
@@ -74,7 +76,6 @@ FLOAT32, BFLOAT16 = 0, 1  # how the dtype of x, of the bias and of the result is
 LITTLE = 1 << 17  # multiply-adds that one thread finishes before a second could start
 _NEAR = 1 << 18  # bytes of weight a chunk may take of a core's own cache
 _LINE = 64  # bytes: what a part begins at a multiple of, so that no two workers write one line of the cache
-_entries = []  # own what was compiled
 
 
 @instruction(_RECORD, types.int64)
@@ -82,19 +83,23 @@ def _fields_at(context, builder, address):
     return builder.inttoptr(address, context.get_value_type(_RECORD))
 
 
-def entry(compute):
+class Entry:
     """What Python calls with the address of a workspace, its bytes (4096 or more), and a tuple: `_GIVEN`.
 
     All are numbers, since unpacking arrays costs more than a small layer. It gives the bytes that the workspace must
     have, and has done nothing, where the one it was given is too small; else 0.
     """
-    given = types.UniTuple(types.int64, len(_GIVEN))
-    signature = types.int64(types.int64, types.int64, given)
-    dispatcher = CACHE.compile(signature, nogil=True, **OPTIONS)(compute)
-    _entries.append(dispatcher)
-    return dispatcher.overloads[
-        signature.args
-    ].entry_point  # what the dispatcher would call, in a third of its time
+
+    def __init__(self, compute):
+        self._compute = compute
+        self._dispatcher = None  # owns what was compiled
+
+    def compiled(self, name):
+        """The function itself: what the dispatcher would call, in a third of its time. `name` is for people."""
+        signature = types.int64(types.int64, types.int64, types.UniTuple(types.int64, len(_GIVEN)))
+        if self._dispatcher is None:
+            self._dispatcher = CACHE.compile(name, self._compute, signature, nogil=True, **OPTIONS)
+        return self._dispatcher.overloads[signature.args].entry_point
 
 
 @inline
@@ -147,15 +152,17 @@ def next_chunk(a):
 def passes(work):
     """The function `run(a, threads, end, chunk)`: work(a) in each thread, of which each takes chunks."""
 
-    work = inline(work)
+    work = inline_first(work)
 
     @inline
+    @named(passes, work)
     def worker(address):
         work(_fields_at(address))
 
     in_threads = in_each_thread(worker)
 
-    @inline
+    @inline_first
+    @named(passes, work)
     def run(a, threads, end, chunk):
         a.counter = a.workers = 0
         a.end, a.chunk = end, chunk
@@ -167,8 +174,9 @@ def passes(work):
 def by_chunks(body):
     """`passes` of the worker that calls body(a, first, last, own) for each of its chunks; `own` is its slice."""
 
-    body = inline(body)
+    body = inline_first(body)
 
+    @named(by_chunks, body)
     def work(a):
         end, chunk = a.end, a.chunk
         own = own_slice(a)
