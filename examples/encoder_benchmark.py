@@ -48,6 +48,7 @@ def in_onnxruntime(path: Path) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # through the others' turns
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
     return lambda inputs: torch.from_numpy(session.run(None, {n: inputs[n].numpy() for n in names})[0])
@@ -68,7 +69,7 @@ def cases(model: Any, folder: Path) -> dict[str, Run]:
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     torch.onnx.export(
         Hidden(model),
-        (example, example),
+        (example, example.clone()),  # one tensor would become one input
         floats,
         dynamo=True,
         dynamic_shapes=(free, free),
@@ -86,8 +87,7 @@ def cases(model: Any, folder: Path) -> dict[str, Run]:
 
 def batch_of(tokenizer: Any, count: int, length: int) -> dict[str, Tensor]:
     text = SENTENCE * length  # a token has a letter at least
-    given = tokenizer([text] * count, truncation=True, max_length=length, return_tensors="pt")
-    return {name: given[name] for name in ("input_ids", "attention_mask")}
+    return dict(tokenizer([text] * count, truncation=True, max_length=length, return_tensors="pt"))
 
 
 def shape(text: str) -> tuple[int, int]:

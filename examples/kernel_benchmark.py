@@ -28,17 +28,9 @@ from mono_quant_hf.kernels import choose, expand, linear
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 SHAPES = (
-    "384x384",
-    "1536x384",
-    "384x1536",
-    "768x3072",
-    "3072x768",
-    "4096x1024",
-    "576x576",
-    "1536x576",
-    "576x1536",
+    *("384x384", "1536x384", "384x1536", "3072x768", "768x3072", "4096x1024"),
+    *("192x576", "576x576", "1536x576", "576x1536", "2048x8192", "49152x576"),
 )
-LARGE_SHAPES = ("2048x8192", "49152x576")
 
 
 def copies(tensor: Tensor, total_bytes: int) -> list[Tensor]:

@@ -45,7 +45,7 @@ _FEWEST_STEPS = 256.0
 _FEWEST_STEPS_OF_8_BITS = 5.0  # SmolLM2: 0.3 % of its perplexity, two planes for a quarter of its products
 _REST = 0.51  # of a step: what is left of a value that was rounded to it, and a little more
 
-BYTE_PRODUCTS = BYTE_UNITS or PANELS  # those of int8 by int8 outrun those of int8 by int16
+BYTE_PRODUCTS = BYTE_UNITS  # without them two planes, which most tokens need, cost more than one of int16
 
 _add_int16 = inline(dots(INT16))
 _add_bytes = inline_always(dots(BYTES))  # a call with so many numbers costs as much as a short product
