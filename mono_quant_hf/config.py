@@ -11,7 +11,7 @@ from typing import Any
 import regex
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .names import ACTIVATION_TYPES, OVERRIDE_WEIGHT_TYPES, QUANT_METHOD, WEIGHT_TYPES
+from .names import ACTIVATION_TYPES, OF_ONE_SAVE, OVERRIDE_WEIGHT_TYPES, QUANT_METHOD, WEIGHT_TYPES
 from .texts import shown
 
 FORMAT_VERSION = 1
@@ -133,6 +133,21 @@ class MonoQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The whole config as JSON data, `quant_method` included."""
         return {"quant_method": self.quant_method, **copy.deepcopy(self.__dict__)}
+
+    def as_code(self) -> str:
+        """The call that makes this config, without what is of one save.
+
+        Example:
+            >>> MonoQuantConfig(symmetric=True, checksums=None).as_code()
+            "MonoQuantConfig(weights='int8', symmetric=True)"
+        """
+        usual = MonoQuantConfig()
+        settings = (
+            f"{name}={getattr(self, name)!r}"
+            for name in FIELDS
+            if name == "weights" or (name not in OF_ONE_SAVE and getattr(self, name) != getattr(usual, name))
+        )
+        return f"MonoQuantConfig({', '.join(settings)})"
 
 
 def _describe_unknown(name: str, format_version: Any) -> str:

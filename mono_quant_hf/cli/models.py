@@ -78,13 +78,10 @@ def load_processor(name: str, auto_class: Any = None) -> Any:
     return checkpoint.processor_of(folder_of(name), auto_class or AutoTokenizer)
 
 
-def chat_inputs(tokenizer: Any, prompt: str) -> Any:
-    """What a model is given to answer a prompt as in a chat: input_ids and attention_mask [1, tokens]."""
+def chat_inputs(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    """What a model is given to go on with a chat: input_ids and attention_mask [1, tokens]."""
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
 
 

@@ -14,7 +14,6 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from mono_quant_hf.config import FIELDS, MonoQuantConfig
 from mono_quant_hf.integration.selection import Decision, quantized_share
 from mono_quant_hf.integration.tags import tags_of
 from mono_quant_hf.versions import OWN
@@ -190,12 +189,6 @@ def _words(facts: CheckpointFacts, folder: Path, base: Any) -> dict[str, Any]:
         scheme = f"int8 weights with a scale{zero_points} per output channel"
     if config.activations:
         scheme += " and int8 activations"
-    default = MonoQuantConfig()
-    settings = [f"weights={config.weights!r}"]
-    for name in FIELDS:
-        if name not in ("weights", "checksums", "format_version"):
-            value = getattr(config, name)
-            settings += [f"{name}={value!r}"] if value != getattr(default, name) else []
     processor = _processor(folder)
     return {
         "introduction": f"{', '.join(bases) or facts.architecture} with {scheme}, quantized by mono_quant_hf.",
@@ -210,7 +203,7 @@ def _words(facts: CheckpointFacts, folder: Path, base: Any) -> dict[str, Any]:
         "version": OWN,
         "transformers_version": transformers.__version__,
         "torch_version": torch.__version__.partition("+")[0],
-        "settings": fenced(f"MonoQuantConfig({', '.join(settings)})", "python"),
+        "settings": fenced(config.as_code(), "python"),
     }
 
 

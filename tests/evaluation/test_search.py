@@ -10,7 +10,7 @@ from torch import nn
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.cli.main import main
 from mono_quant_hf.evaluation import search_overrides
-from mono_quant_hf.hub.importing import bytes_when_quantized
+from mono_quant_hf.hub.estimate import bytes_when_quantized
 from tests import tiny_models
 from tests.evaluation.conftest import TEXT, make_llama, make_tokenizer
 
