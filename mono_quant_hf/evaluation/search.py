@@ -180,6 +180,7 @@ class _Frontier:
     def __init__(self, model: nn.Module, forms: Forms, given: Given, measure: OutputChange, progress: bool):
         self.forms, self.measure = forms, measure
         self.given = {name: made for name, (made, _) in given.items()}
+        self.given_cost = measure(self.given) if given else 0.0
         self.float_bytes = sum(p.nbytes for p in model.parameters())
         self.sizes = {name: {form: _bytes(m) for form, m in made.items()} for name, made in forms.items()}
         self.costs: dict[str, dict[str, float]] = {name: {FLOAT: 0.0} for name in forms}
@@ -252,13 +253,13 @@ class _Frontier:
 
     def points(self) -> tuple[Point, ...]:
         """Each state; predictions are scaled to what all modules in int8 were measured to cost."""
-        apart = sum(cost[INT8] for cost in self.costs.values())
+        apart = sum((cost[INT8] for cost in self.costs.values()), self.given_cost)
         scale = self.kl(0) / apart if apart > 0 else 1.0
         changes = ["", *(f"{name} → {form}" for _, name, form in self._steps)]
         return tuple(
             Point(
                 bytes=self.totals[index],
-                predicted_kl=scale * sum(self.costs[n][form] for n, form in state.items()),
+                predicted_kl=scale * sum((self.costs[n][form] for n, form in state.items()), self.given_cost),
                 measured_kl=self._measured.get(index),
                 changed=changes[index],
                 float16=sum(form == FLOAT16 for form in state.values()),

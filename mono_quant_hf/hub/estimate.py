@@ -124,7 +124,7 @@ def estimate(
         architecture=type(skeleton).__name__,
         parameters=sum(p.numel() for _, p in _untied(skeleton)),
         bytes_on_disk=bytes_of(stored) if stored else None,
-        forms=tuple(_form(name, _in_form(skeleton, *how), limits) for name, *how in wanted),
+        forms=tuple(_form(name, *_in_form(skeleton, rest, how), limits) for name, rest, how in wanted),
     )
 
 
@@ -186,9 +186,11 @@ def _in_form(
 
 
 def _form(
-    name: str, made: tuple[PreTrainedModel, list[Decision]], limits: dict[int | str, int | str] | None
+    name: str,
+    model: PreTrainedModel,
+    decisions: list[Decision],
+    limits: dict[int | str, int | str] | None,
 ) -> Form:
-    model, decisions = made
     sizes, _ = compute_module_sizes(model, only_modules=False)
     device_map = None
     by_device: dict[int | str, int] = {}
@@ -202,7 +204,7 @@ def _form(
             said.setLevel(level)
         keep_tied_together(model, device_map)
         for tensor, _ in [*_untied(model), *model.named_buffers()]:
-            device = get_device(device_map, tensor)
+            device: Any = get_device(device_map, tensor)
             by_device[device] = by_device.get(device, 0) + sizes[tensor]
     return Form(name, sizes[""], quantized_share(decisions), device_map, by_device)
 
