@@ -26,6 +26,14 @@ LITERAL = re.compile(r"[\w.-]+")
 """A pattern that is a plain name, which is matched without being compiled."""
 
 
+class _Method(str):
+    """Its `value` is what diffusers asks for, whose own methods are members of an Enum."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
 class MonoQuantConfig(QuantizationConfigMixin):
     """How `from_pretrained` and `quantize_model` quantize a model's weights.
 
@@ -64,7 +72,7 @@ class MonoQuantConfig(QuantizationConfigMixin):
         ValueError: MonoQuantConfig: weights='int7' is not supported; choose one of 'int8', 'float16'.
     """
 
-    quant_method = QUANT_METHOD  # type: ignore[assignment]  # a string, as third parties have
+    quant_method = _Method(QUANT_METHOD)  # type: ignore[assignment]  # a string, as third parties have
 
     weights: str
     symmetric: bool
@@ -132,7 +140,7 @@ class MonoQuantConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The whole config as JSON data, `quant_method` included."""
-        return {"quant_method": self.quant_method, **copy.deepcopy(self.__dict__)}
+        return {"quant_method": QUANT_METHOD, **copy.deepcopy(self.__dict__)}
 
     def as_code(self) -> str:
         """The call that makes this config, without what is of one save.
