@@ -23,7 +23,7 @@ from .saving import config_of_modules
 from .selection import Decision, decide, decide_recorded, log_summary, modules_that_say_dtype
 
 
-class MonoQuantDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class MonoQuantDiffusersQuantizer(DiffusersQuantizer):
     """What diffusers calls from `from_pretrained`, as transformers calls `MonoQuantHfQuantizer`.
 
     Attributes:
@@ -172,8 +172,9 @@ class MonoQuantDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for module in list(model.modules()):
             if isinstance(module, QuantizedModule):
                 module.dequantize()
-        settings = {key: value for key, value in model._internal_dict.items() if key != "quantization_config"}  # type: ignore[operator,union-attr]
-        model._internal_dict = FrozenDict(settings)  # type: ignore[assignment]
+        config: Any = model._internal_dict
+        kept = {key: value for key, value in config.items() if key != "quantization_config"}
+        model._internal_dict = FrozenDict(kept)
         return model
 
 
