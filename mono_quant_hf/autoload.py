@@ -84,7 +84,7 @@ class StandIn:
                 _fill(module)
             raise ImportError(
                 f"This checkpoint was quantized by mono_quant_hf, which is installed but cannot be imported "
-                f"({type(problem).__name__}: {problem}); repair it with pip install --force-reinstall mono-quant-hf."
+                f"({type(problem).__name__}: {problem}); install it again."
             ) from problem
         return getattr(sys.modules[self._module], self._table)[METHOD]
 
