@@ -216,7 +216,7 @@ def _what_would_help(facts: CheckpointFacts) -> str:
     if not tables or quantized_share(facts.decisions) >= 0.5:
         return ""
     total = sum(d.parameters for d in facts.decisions)
-    return f"That is little, as the embeddings hold {tables / total:.1%}: `quantize_embeddings=True` quantizes them too."
+    return f"The embeddings hold {tables / total:.1%}: `quantize_embeddings=True` quantizes them too."
 
 
 def _processor(folder: Path) -> tuple[str, ...]:
