@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mono_quant_hf.names import DTYPES
-
-from .models import dtype_of
+from .models import add_dtype_argument, dtype_of
 from .output import add_json_argument, check_output_files, show
 from .settings import add_settings, settings, settings_given
 from .sizes import size
@@ -38,10 +36,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog=EPILOG,
     )
     command.add_argument("model", help="a float model: a folder or a name on the Hub")
-    command.add_argument("--revision", metavar="REV", help="of a model on the Hub")
-    command.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="of what is not quantized (auto)"
-    )
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub")
+    add_dtype_argument(command, "of what is not quantized")
     command.add_argument(
         "--max-memory",
         action="append",

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mono_quant_hf.files import scratch_folder
-from mono_quant_hf.names import DTYPES
 from mono_quant_hf.texts import texts
 
 from .errors import CommandError
-from .models import architecture_of, config_of, is_quantized, load_model, load_processor
+from .models import add_dtype_argument, architecture_of, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, show
 from .settings import add_settings, described, settings, settings_given
 from .texts import add_text_arguments, load_text
@@ -55,7 +54,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="MODEL",
         help="the float model that a quantized one was made from",
     )
-    command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (auto)")
+    add_dtype_argument(command, "to compute in")
     command.add_argument("--window", type=int, metavar="N", help="tokens in a window (at most 1024)")
     command.add_argument("--stride", type=int, metavar="N", help="tokens between windows (window / 2)")
     command.add_argument(

@@ -7,11 +7,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mono_quant_hf.names import DTYPES
 from mono_quant_hf.texts import printable
 
 from .errors import CommandError
-from .models import chat_inputs, config_of, is_quantized, load_model, load_processor
+from .models import add_dtype_argument, chat_inputs, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, prints_text, show
 from .settings import add_settings, settings, settings_given
 
@@ -46,7 +45,7 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sample", action="store_true", help="draw tokens at random in place of the likeliest"
     )
-    command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (auto)")
+    add_dtype_argument(command, "to compute in")
     add_json_argument(command)
     add_settings(command)
 

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mono_quant_hf.names import DTYPES
 from mono_quant_hf.texts import token_sequences
 
 from .errors import CommandError
-from .models import config_of, is_quantized, load_model, load_processor
+from .models import add_dtype_argument, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, check_png, show
 from .settings import add_settings, settings, settings_given
 from .texts import add_text_arguments, load_text
@@ -51,9 +50,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         dest="float_model",
         help="the float model that a quantized one was made from",
     )
-    command.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="of the float model (auto)"
-    )
+    add_dtype_argument(command, "of the float model")
     command.add_argument("--contributions", action="store_true", help="also run the model, see above")
     command.add_argument(
         "--top", type=int, default=25, metavar="N", help="modules in the table; 0 for all (25)"

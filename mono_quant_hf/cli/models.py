@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mono_quant_hf.names import DTYPES
 
 from .errors import CommandError
 
@@ -36,6 +39,16 @@ def config_of(name: str) -> Any:
     from mono_quant_hf.hub import checkpoint
 
     return checkpoint.config_of(folder_of(name))
+
+
+def add_dtype_argument(command: argparse.ArgumentParser, of_what: str) -> None:
+    """Add `--dtype`, which `dtype_of` reads."""
+    command.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help=f"dtype {of_what} (auto: that of the checkpoint)",
+    )
 
 
 def dtype_of(name: str) -> Any:

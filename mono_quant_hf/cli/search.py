@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mono_quant_hf.files import check_room
-from mono_quant_hf.names import DTYPES
 
 from .errors import CommandError
 from .inspect import text_batches
-from .models import config_of, dtype_of, is_quantized, load_model
+from .models import add_dtype_argument, config_of, dtype_of, is_quantized, load_model
 from .output import add_json_argument, check_output_files, check_png, say, show
 from .settings import add_settings, settings
 from .sizes import size
@@ -50,9 +49,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     budget.add_argument(
         "--max-kl", type=float, metavar="NATS", help="mean KL divergence from the float model"
     )
-    command.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="of the float model (auto)"
-    )
+    add_dtype_argument(command, "of the float model")
     command.add_argument("--save", type=Path, metavar="DIR", help="save the model that was chosen here")
     add_json_argument(command)
     command.add_argument(
