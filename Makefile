@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CHECKED := mono_quant_hf tests $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-engines test-gpu test-sweep test-versions memcheck lint format clean
+.PHONY: help demo test test-quick test-peers test-engines test-gpu test-sweep test-versions memcheck lint format clean
 
 help:  ## say what can be made
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -26,6 +26,13 @@ demo: $(VENV)/.demo  ## quantize a real language model, and say what it costs an
 
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+# Numbers, modules, loading and saving, on tiny models.
+QUICK := tests/core tests/modules tests/kernels/test_linear.py tests/test_config.py tests/test_files.py \
+	$(addprefix tests/integration/test_,from_pretrained.py quantize_model.py saving.py selection.py)
+
+test-quick: $(VENV)/.test  ## run those that find most, in under two minutes
+	$(BIN)/python -m pytest $(QUICK) -k "not compile" $(ARGS)
 
 test-peers: $(VENV)/.peers  ## run what is said of torchao and optimum-quanto with them
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/test_peers.py tests/test_readme.py $(ARGS)

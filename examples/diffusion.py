@@ -1,7 +1,7 @@
-"""Quantize the UNet or transformer of a diffusers pipeline, save it, and run the pipeline with the reloaded one.
+"""Load a diffusers pipeline with its UNet or transformer quantized, save it, load it again and run it.
 
     python examples/diffusion.py                      # a tiny pipeline with random weights, to see that it works
-    python examples/diffusion.py org/model unet-int8  # a pipeline of your own: a folder, or a name on the Hub
+    python examples/diffusion.py org/model pipe-int8  # a pipeline of your own: a folder, or a name on the Hub
 
 Needs `pip install diffusers`.
 """
@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, PipelineQuantizationConfig, UNet2DModel
 
-from mono_quant_hf import MonoQuantConfig, load_quantized, quantize_model, save_quantized
+from mono_quant_hf import MonoQuantConfig
 
 
 def tiny_pipeline() -> DiffusionPipeline:
@@ -37,23 +37,24 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pipeline", nargs="?", help="folder or Hub name; a tiny random pipeline if left out")
-    parser.add_argument("destination", nargs="?", type=Path, help="folder to write the component to")
+    parser.add_argument("destination", nargs="?", type=Path, help="folder to write the pipeline to")
     options = parser.parse_args(arguments)
 
-    pipe = DiffusionPipeline.from_pretrained(options.pipeline) if options.pipeline else tiny_pipeline()
-    name = "unet" if hasattr(pipe, "unet") else "transformer"
-    model = getattr(pipe, name)
-    before = megabytes(model)
-    quantize_model(model, MonoQuantConfig())
-    print(f"{name}: {before:.1f} MB in float, {megabytes(model):.1f} MB quantized")
-
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.destination or Path(scratch) / f"{name}-int8"
-        save_quantized(model, folder)
-        # The class alone: its config is in the folder. With a real pipeline:
-        #   DiffusionPipeline.from_pretrained("org/model", unet=reloaded)
-        reloaded = load_quantized(type(model), folder)
-    setattr(pipe, name, reloaded)
+        source = options.pipeline or Path(scratch) / "float"
+        if not options.pipeline:
+            tiny_pipeline().save_pretrained(source)
+        folder = options.destination or Path(scratch) / "int8"
+        before = DiffusionPipeline.from_pretrained(source)
+        name = "unet" if hasattr(before, "unet") else "transformer"
+        size = megabytes(getattr(before, name))
+        del before
+
+        how = PipelineQuantizationConfig(quant_mapping={name: MonoQuantConfig()})
+        pipe = DiffusionPipeline.from_pretrained(source, quantization_config=how)
+        print(f"{name}: {size:.1f} MB in float, {megabytes(getattr(pipe, name)):.1f} MB quantized")
+        pipe.save_pretrained(folder)
+        pipe = DiffusionPipeline.from_pretrained(folder)  # quantized, as it was saved
     if not options.pipeline:
         image = pipe(num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
         print(f"the pipeline made an image of {image.width} x {image.height} pixels")

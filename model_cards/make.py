@@ -47,10 +47,12 @@ def by_command(*options: str) -> Callable[[Path, Path, str], Evaluation]:
     def evaluate(source: Path, quantized: Path, name: str) -> Evaluation:
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "figures.json"
-            if command_line(["evaluate", str(source), str(quantized), *options, "--json", str(file)]):
+            if command_line(
+                ["evaluate", str(quantized), "--float", str(source), *options, "--json", str(file)]
+            ):
                 raise SystemExit(f"{name} could not be evaluated")
             figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        command = " ".join(["mono-quant-hf evaluate", name, f"{name}-int8", *options])
+        command = " ".join(["mono-quant-hf evaluate", f"{name}-int8", "--float", name, *options])
         return Evaluation([figures], dataset=figures["data"], command=command)
 
     return evaluate
@@ -108,7 +110,7 @@ def make(subject: Subject) -> Path:
         quantization_report(quantized_model_of(quantized)[0], source).to_png(plot)
         card = model_card(
             quantized,
-            title,
+            f"me/{title}",
             evaluation=evaluation,
             base_model=subject.base_model,
             license=subject.license,

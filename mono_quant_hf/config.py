@@ -11,7 +11,7 @@ from typing import Any
 import regex
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .names import ACTIVATION_TYPES, OVERRIDE_WEIGHT_TYPES, QUANT_METHOD, WEIGHT_TYPES
+from .names import ACTIVATION_TYPES, OF_ONE_SAVE, OVERRIDE_WEIGHT_TYPES, QUANT_METHOD, WEIGHT_TYPES
 from .texts import shown
 
 FORMAT_VERSION = 1
@@ -24,6 +24,14 @@ MOST_PATTERNS, MOST_CHARACTERS = 10_000, 1_000_000
 MOST_CHARACTERS_OF_EXPRESSIONS, MOST_REPETITIONS = 20_000, 10_000
 LITERAL = re.compile(r"[\w.-]+")
 """A pattern that is a plain name, which is matched without being compiled."""
+
+
+class _Method(str):
+    """Its `value` is what diffusers asks for, whose own methods are members of an Enum."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
 
 
 class MonoQuantConfig(QuantizationConfigMixin):
@@ -64,7 +72,7 @@ class MonoQuantConfig(QuantizationConfigMixin):
         ValueError: MonoQuantConfig: weights='int7' is not supported; choose one of 'int8', 'float16'.
     """
 
-    quant_method = QUANT_METHOD  # type: ignore[assignment]  # a string, as third parties have
+    quant_method = _Method(QUANT_METHOD)  # type: ignore[assignment]  # a string, as third parties have
 
     weights: str
     symmetric: bool
@@ -132,7 +140,22 @@ class MonoQuantConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The whole config as JSON data, `quant_method` included."""
-        return {"quant_method": self.quant_method, **copy.deepcopy(self.__dict__)}
+        return {"quant_method": QUANT_METHOD, **copy.deepcopy(self.__dict__)}
+
+    def as_code(self) -> str:
+        """The call that makes this config, without what is of one save.
+
+        Example:
+            >>> MonoQuantConfig(symmetric=True, checksums=None).as_code()
+            "MonoQuantConfig(weights='int8', symmetric=True)"
+        """
+        usual = MonoQuantConfig()
+        settings = (
+            f"{name}={getattr(self, name)!r}"
+            for name in FIELDS
+            if name == "weights" or (name not in OF_ONE_SAVE and getattr(self, name) != getattr(usual, name))
+        )
+        return f"MonoQuantConfig({', '.join(settings)})"
 
 
 def _describe_unknown(name: str, format_version: Any) -> str:

@@ -90,11 +90,11 @@ assert "mono_quant_hf_autoload" in sys.modules
 assert not {"transformers", "mono_quant_hf", "numba"} & set(sys.modules)
 import mono_quant_hf_autoload as autoload
 hooks = [f for f in sys.meta_path if isinstance(f, autoload._Hook)]
-assert len(hooks) == 1
+assert len(hooks) == 2
 autoload.arm()
 assert [f for f in sys.meta_path if isinstance(f, autoload._Hook)] == hooks
 from transformers.quantizers import auto
-assert not [f for f in sys.meta_path if isinstance(f, autoload._Hook)]
+assert [f.module for f in sys.meta_path if isinstance(f, autoload._Hook)] == ["diffusers.quantizers.auto"]
 assert type(auto.__loader__).__name__ == type(auto.__spec__.loader).__name__ == "SourceFileLoader"
 assert isinstance(auto.AUTO_QUANTIZER_MAPPING["mono_quant"], autoload.StandIn)
 assert "mono_quant_hf" not in sys.modules
@@ -103,6 +103,21 @@ assert auto.AUTO_QUANTIZER_MAPPING["mono_quant"].__name__ == "MonoQuantHfQuantiz
 """
     done = python(site, code)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_component_of_diffusers_loads_without_the_import(site, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = quantize_model(diffusers.AutoencoderKL(block_out_channels=(16,), norm_num_groups=8))
+    model.save_pretrained(tmp_path / "model")
+    code = """
+from diffusers import AutoencoderKL, PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import QuantoConfig
+PipelineQuantizationConfig(quant_mapping={"unet": QuantoConfig()})
+assert "mono_quant_hf" not in sys.modules
+print(type(AutoencoderKL.from_pretrained(FOLDER).encoder.conv_in).__name__)
+"""
+    done = python(site, code, tmp_path / "model")
+    assert (done.returncode, done.stdout) == (0, "QuantizedConv2d\n"), done.stderr
 
 
 @pytest.mark.parametrize("variable", ["MONO_QUANT_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])

@@ -11,8 +11,11 @@ from .output import add_json_argument, check_output_files, show
 
 DESCRIPTION = """\
 Compile the CPU kernels for this processor ahead of the first model, which waits for them else. They are kept in the
-cache of Numba: beside the installed package, or in $NUMBA_CACHE_DIR. An image of a container that was built with this
-command, on a processor of the same kind, starts without compiling.
+cache of Numba: beside the installed package, or in $NUMBA_CACHE_DIR.
+The folder that is printed can be shipped, as in the image of a container. It is used where Python, Numba and the kind
+of processor are the same, and the package lies under the same path; beside the package it may move with it. Elsewhere
+the kernels are compiled again. Numba 0.68 knows the package by what is in its files; 0.62 also by their time, so that
+there the package may not be installed anew.
 """
 EPILOG = """\
 examples:

@@ -123,7 +123,7 @@ def _demonstrate(arguments: argparse.Namespace, config: MonoQuantConfig, folder:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mono_quant_hf.hub.importing import bytes_when_quantized
+    from mono_quant_hf.hub.estimate import bytes_when_quantized
 
     say(f"Finding {NAME} (prepared once, the first time takes longer) ...", sys.stderr)
     source, origin = smollm2_folder()
@@ -207,7 +207,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> tuple[str, torch.Tensor]
     """The model's most likely answer, and its logits [1, tokens, vocabulary] on the question."""
     import torch
 
-    inputs = chat_inputs(tokenizer, prompt)
+    inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}])
     with torch.inference_mode():
         logits = model(**inputs).logits
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)

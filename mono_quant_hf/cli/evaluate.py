@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mono_quant_hf.files import scratch_folder
-from mono_quant_hf.names import DTYPES
 from mono_quant_hf.texts import texts
 
 from .errors import CommandError
-from .models import architecture_of, config_of, is_quantized, load_model, load_processor
+from .models import add_dtype_argument, architecture_of, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, show
 from .settings import add_settings, described, settings, settings_given
 from .texts import add_text_arguments, load_text
@@ -32,8 +31,8 @@ Compare a quantized model with its float model on a text or on pictures.
 EPILOG = """\
 examples:
   mono-quant-hf evaluate ./model --weights int8
-  mono-quant-hf evaluate ./model ./model-int8 --text-file book.txt --json result.json
-  mono-quant-hf evaluate ./model ./model-int8 --reference ./kept   (goes on after an interruption)
+  mono-quant-hf evaluate ./model-int8 --float ./model --text-file book.txt --json result.json
+  mono-quant-hf evaluate ./model-int8 --float ./model --reference ./kept   (goes on after an interruption)
 """
 
 
@@ -45,11 +44,17 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    command.add_argument("model", help="the float model: a folder or a name on the Hub")
     command.add_argument(
-        "quantized", nargs="?", help="the quantized model; left out, the float model is quantized"
+        "model", help="a quantized model, with --float; or a float one, which is then quantized as it loads"
     )
-    command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (auto)")
+    command.add_argument("quantized", nargs="?", help="the quantized model, where the first is the float one")
+    command.add_argument(
+        "--float",
+        dest="float_model",
+        metavar="MODEL",
+        help="the float model that a quantized one was made from",
+    )
+    add_dtype_argument(command, "to compute in")
     command.add_argument("--window", type=int, metavar="N", help="tokens in a window (at most 1024)")
     command.add_argument("--stride", type=int, metavar="N", help="tokens between windows (window / 2)")
     command.add_argument(
@@ -73,15 +78,21 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(arguments: argparse.Namespace) -> int:
     """Print the figures and write the JSON."""
     check_output_files(arguments.json)
+    if arguments.float_model:
+        if arguments.quantized:
+            raise CommandError("give the float model first, or after --float, not both.")
+        arguments.model, arguments.quantized = arguments.float_model, arguments.model
     if arguments.quantized and settings_given(arguments):
         raise CommandError("give a quantized model, or settings to make one, not both.")
     config = settings(arguments)
     if is_quantized(config_of(arguments.model)):
         raise CommandError(
-            f"{arguments.model} is quantized; give the float model first, then the quantized one."
+            f"{arguments.model} is quantized; name the float model that it was made from with --float."
         )
     if arguments.quantized and not is_quantized(config_of(arguments.quantized)):
-        raise CommandError(f"{arguments.quantized} is not quantized; give the float model first.")
+        raise CommandError(
+            f"{arguments.quantized} is not quantized; name a float model alone, or after --float."
+        )
 
     def quantized() -> Any:
         gc.collect()  # the float model goes first

@@ -41,7 +41,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     command.add_argument("source", metavar="SRC", help="folder, or name on the Hub, of a quantized model")
     command.add_argument("destination", type=Path, metavar="DST", help="new folder; for gguf a file")
-    command.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="of the export")
+    command.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="the format to write")
     command.add_argument(
         "--activations",
         choices=["int8"],

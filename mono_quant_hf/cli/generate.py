@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from mono_quant_hf.names import DTYPES
+from mono_quant_hf.texts import printable
 
 from .errors import CommandError
-from .models import chat_inputs, config_of, is_quantized, load_model, load_processor
+from .models import add_dtype_argument, chat_inputs, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, prints_text, show
 from .settings import add_settings, settings, settings_given
 
@@ -29,24 +30,44 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command = commands.add_parser(
         "generate", help="answer a prompt, streaming", description=DESCRIPTION, epilog=EPILOG
     )
-    command.add_argument("model", help="a quantized or a float language model: a folder or a name on the Hub")
     command.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer")
     command.add_argument("--raw", action="store_true", help="go on with the prompt, without a chat template")
-    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (256)")
+    add_model_arguments(command)
+    command.set_defaults(run=run)
+
+
+def add_model_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the model and how it answers, which `open_model` and `answer_to` read."""
+    command.add_argument("model", help="a quantized or a float language model: a folder or a name on the Hub")
+    command.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="at most so many in an answer (256)"
+    )
     command.add_argument(
         "--sample", action="store_true", help="draw tokens at random in place of the likeliest"
     )
-    command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (auto)")
+    add_dtype_argument(command, "to compute in")
     add_json_argument(command)
     add_settings(command)
-    command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer, and say how fast."""
-    import torch
-    from transformers import TextStreamer
+    model, tokenizer = open_model(arguments)
+    if arguments.raw or not getattr(tokenizer, "chat_template", None):
+        inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    else:
+        inputs = chat_inputs(tokenizer, [{"role": "user", "content": arguments.prompt}])
+    answer = answer_to(inputs, model, tokenizer, arguments)
+    show(arguments, answer.speed(), {"prompt": arguments.prompt, **asdict(answer)})
+    return 0
 
+
+def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The language model of the arguments, quantized if it was float, and its tokenizer.
+
+    Raises:
+        CommandError: it does not generate text, or an argument does not fit it.
+    """
     check_output_files(arguments.json)
     if arguments.max_new_tokens < 1:
         raise CommandError(f"--max-new-tokens {arguments.max_new_tokens} is too few; give at least 1.")
@@ -57,34 +78,52 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.model, None if quantized else settings(arguments), arguments.dtype)
     if not model.can_generate():
         raise CommandError(f"{type(model).__name__} does not generate text; give a language model.")
-    inputs = _inputs(tokenizer, arguments).to(model.device)
-    streamer = (
-        TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        if prints_text(arguments)
-        else None
-    )
-    started = time.perf_counter()
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote; `seconds` are those until the first token, and all."""
+
+    answer: str
+    tokens: int
+    seconds_to_first: float
+    seconds: float
+
+    def speed(self) -> str:
+        said = f"{self.tokens} tokens in {self.seconds:.1f} s, the first after {self.seconds_to_first:.1f} s"
+        rest = self.seconds - self.seconds_to_first
+        return f"{said}, then {(self.tokens - 1) / rest:.1f} tokens/s" if self.tokens > 1 else said
+
+
+def answer_to(inputs: Any, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Answer:
+    """What the model answers to what a tokenizer made; printed as it comes, where standard output is for text."""
+    import torch
+    from transformers import TextStreamer
+
+    prints = prints_text(arguments)
+    arrivals: list[float] = []
+
+    class Printer(TextStreamer):
+        """As transformers' own, but it notes when something comes, and escapes what would move a terminal's cursor."""
+
+        def put(self, value: Any) -> None:
+            arrivals.append(time.perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if prints:
+                super().on_finalized_text(printable(text), stream_end)
+
     with torch.inference_mode():
+        started = time.perf_counter()
         output = model.generate(
-            **inputs,
+            **inputs.to(model.device),
             max_new_tokens=arguments.max_new_tokens,
             do_sample=arguments.sample,
-            streamer=streamer,
+            streamer=Printer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
-    seconds = time.perf_counter() - started
-    answer = output[0] if model.config.is_encoder_decoder else output[0, inputs["input_ids"].shape[1] :]
-    result = {
-        "prompt": arguments.prompt,
-        "answer": tokenizer.decode(answer, skip_special_tokens=True),
-        "tokens": len(answer),
-        "seconds": seconds,
-    }
-    speed = f"{len(answer)} tokens in {seconds:.1f} s, {len(answer) / seconds:.1f} tokens/s"
-    show(arguments, speed, result)
-    return 0
-
-
-def _inputs(tokenizer: Any, arguments: argparse.Namespace) -> Any:
-    if arguments.raw or not getattr(tokenizer, "chat_template", None):
-        return tokenizer(arguments.prompt, return_tensors="pt")
-    return chat_inputs(tokenizer, arguments.prompt)
+    _, first, *_ = arrivals  # what comes before is the prompt
+    written = output[0] if model.config.is_encoder_decoder else output[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(written, skip_special_tokens=True)
+    return Answer(text, len(written), first - started, arrivals[-1] - started)

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mono_quant_hf.names import DTYPES, WEIGHT_TYPES
 from mono_quant_hf.texts import token_sequences
 
 from .errors import CommandError
-from .models import config_of, is_quantized, load_model, load_processor
+from .models import add_dtype_argument, config_of, is_quantized, load_model, load_processor
 from .output import add_json_argument, check_output_files, check_png, show
+from .settings import add_settings, settings, settings_given
 from .texts import add_text_arguments, load_text
 
 if TYPE_CHECKING:
@@ -50,13 +50,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         dest="float_model",
         help="the float model that a quantized one was made from",
     )
-    command.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="for a float model (int8)")
-    command.add_argument(
-        "--symmetric", action="store_true", help="for a float model: int8 without zero-points"
-    )
-    command.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="of the float model (auto)"
-    )
+    add_dtype_argument(command, "of the float model")
     command.add_argument("--contributions", action="store_true", help="also run the model, see above")
     command.add_argument(
         "--top", type=int, default=25, metavar="N", help="modules in the table; 0 for all (25)"
@@ -68,6 +62,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--png", type=Path, metavar="FILE", help="write the pictures to FILE (needs matplotlib)"
     )
+    add_settings(command)
     add_text_arguments(command, "text for --contributions", 512)
     command.set_defaults(run=run)
 
@@ -91,11 +86,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def make_report(arguments: argparse.Namespace) -> QuantizationReport:
     """The report for the arguments of this command; also what `search` starts from."""
-    from mono_quant_hf import MonoQuantConfig, quantize_model
+    from mono_quant_hf import quantize_model
     from mono_quant_hf.evaluation import quantization_report
 
     progress = sys.stderr.isatty()
     if is_quantized(config_of(arguments.model)):
+        if settings_given(arguments):
+            raise CommandError(f"{arguments.model} is quantized already; leave the settings out.")
         model = load_model(arguments.model)
         reference: Any = arguments.float_model
         if arguments.contributions and reference is None:
@@ -105,10 +102,8 @@ def make_report(arguments: argparse.Namespace) -> QuantizationReport:
     else:
         if arguments.float_model:
             raise CommandError(f"--float is for a quantized model, and {arguments.model} is a float one.")
-        if arguments.symmetric and arguments.weights != "int8":
-            raise CommandError(f"--symmetric is for int8; leave it out with --weights {arguments.weights}.")
+        config = settings(arguments)
         reference = load_model(arguments.model, dtype=arguments.dtype)
-        config = MonoQuantConfig(weights=arguments.weights, symmetric=arguments.symmetric)
         model = quantize_model(copy.deepcopy(reference), config)
     inputs = text_batches(arguments, reference) if arguments.contributions else None
     return quantization_report(model, reference, inputs, progress=progress)

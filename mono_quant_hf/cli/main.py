@@ -18,8 +18,8 @@ from typing import Any
 from mono_quant_hf import __version__
 from mono_quant_hf.files import remove_leftovers
 
+from . import chat, demo, estimate, evaluate, export, generate, inspect, push, quantize, search, verify
 from . import compile as compile_command
-from . import demo, evaluate, export, generate, inspect, push, quantize, search, verify
 from .errors import explained
 from .output import escaped_logs, progress_on_terminals_only, say
 from .parser import Parser
@@ -48,8 +48,10 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands: Any = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    chat.add_command(commands)
     compile_command.add_command(commands)
     demo.add_command(commands)
+    estimate.add_command(commands)
     evaluate.add_command(commands)
     export.add_command(commands)
     generate.add_command(commands)

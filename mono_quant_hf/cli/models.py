@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mono_quant_hf.names import DTYPES
 
 from .errors import CommandError
 
@@ -36,6 +39,16 @@ def config_of(name: str) -> Any:
     from mono_quant_hf.hub import checkpoint
 
     return checkpoint.config_of(folder_of(name))
+
+
+def add_dtype_argument(command: argparse.ArgumentParser, of_what: str) -> None:
+    """Add `--dtype`, which `dtype_of` reads."""
+    command.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help=f"dtype {of_what} (auto: that of the checkpoint)",
+    )
 
 
 def dtype_of(name: str) -> Any:
@@ -78,13 +91,10 @@ def load_processor(name: str, auto_class: Any = None) -> Any:
     return checkpoint.processor_of(folder_of(name), auto_class or AutoTokenizer)
 
 
-def chat_inputs(tokenizer: Any, prompt: str) -> Any:
-    """What a model is given to answer a prompt as in a chat: input_ids and attention_mask [1, tokens]."""
+def chat_inputs(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    """What a model is given to go on with a chat: input_ids and attention_mask [1, tokens]."""
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
 
 

@@ -28,7 +28,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    command.add_argument("folder", type=Path, metavar="FOLDER", help="of a model that save_pretrained wrote")
+    command.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="folder of a model that save_pretrained wrote"
+    )
     command.add_argument("repo", metavar="REPO", help="name on the Hub, such as me/model-int8")
     command.add_argument(
         "--evaluation",
@@ -45,7 +47,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--private", action="store_true", help="make a new repo private")
     command.add_argument("--revision", metavar="BRANCH", help="push to this branch (main)")
     command.add_argument("--pull-request", action="store_true", help="open a pull request instead of pushing")
-    command.add_argument("--message", metavar="TEXT", help="of the commit")
+    command.add_argument("--message", metavar="TEXT", help="message of the commit")
     add_json_argument(command)
     command.set_defaults(run=run)
 

@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mono_quant_hf.names import DTYPES
-
 from .errors import CommandError
-from .models import config_of, dtype_of
+from .models import add_dtype_argument, config_of, dtype_of
 from .output import add_json_argument, check_output_files, show
 from .settings import add_settings, settings
 from .texts import add_text_arguments, load_text
@@ -48,7 +46,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("model", help="a folder, a name on the Hub, or a GGUF file")
     command.add_argument("output", type=Path, help="folder for the quantized model; new, or empty")
     command.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
-    command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the rest (auto)")
+    add_dtype_argument(command, "of what is not quantized")
     command.add_argument("--calibration", choices=CALIBRATIONS, help="choose codes by what the layers do")
     command.add_argument("--samples", type=int, default=128, metavar="N", help="rows of text (128)")
     command.add_argument("--length", type=int, default=512, metavar="N", help="tokens in a row (512)")
@@ -59,7 +57,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="X",
         help="0 to 1: lower fits the calibration text more closely, higher is safer on other text (%(default)s)",
     )
-    command.add_argument("--seed", type=int, default=0, help="of the text that the model writes (0)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the text that the model writes (0)")
     command.add_argument(
         "--resume", type=Path, metavar="DIR", help="keep finished layers here, and go on from them"
     )

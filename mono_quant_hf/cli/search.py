@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mono_quant_hf.files import check_room
-from mono_quant_hf.names import DTYPES
 
 from .errors import CommandError
 from .inspect import text_batches
-from .models import config_of, dtype_of, is_quantized, load_model
+from .models import add_dtype_argument, config_of, dtype_of, is_quantized, load_model
 from .output import add_json_argument, check_output_files, check_png, say, show
+from .settings import add_settings, settings
+from .sizes import size
 from .texts import add_text_arguments
+
+if TYPE_CHECKING:
+    from mono_quant_hf import MonoQuantConfig
 
 DESCRIPTION = """\
 Choose int8, float16 or float for each module of a float model: the most exact model within a size, or the
 smallest within a mean KL divergence from the float model. Measures what each module costs alone, shows the
-frontier between all in int8 and all in float, and prints the module_overrides to use.
+frontier between all in int8 and all in float, and prints the config to use. What --override and --skip name, and
+embeddings with --embeddings, are as these options say.
 """
 EPILOG = """\
 examples:
   mono-quant-hf search ./model --max-size 200MB
   mono-quant-hf search ./model --max-kl 0.001 --save ./model-mixed --png frontier.png
 """
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -42,30 +45,29 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     command.add_argument("model", help="a float language model: a folder or a name on the Hub")
     budget = command.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--max-size", type=_bytes, metavar="SIZE", help="for all parameters, such as 150MB")
+    budget.add_argument("--max-size", type=size, metavar="SIZE", help="for all parameters, such as 150MB")
     budget.add_argument(
         "--max-kl", type=float, metavar="NATS", help="mean KL divergence from the float model"
     )
-    command.add_argument("--symmetric", action="store_true", help="int8 without zero-points")
-    command.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="of the float model (auto)"
-    )
+    add_dtype_argument(command, "of the float model")
     command.add_argument("--save", type=Path, metavar="DIR", help="save the model that was chosen here")
     add_json_argument(command)
     command.add_argument(
         "--png", type=Path, metavar="FILE", help="draw the frontier to FILE (needs matplotlib)"
     )
+    add_settings(command)
     add_text_arguments(command, "text to measure on", 512)
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Search and show; 1 where the budget cannot be met."""
-    from mono_quant_hf import MonoQuantConfig, quantize_model
+    from mono_quant_hf import quantize_model
     from mono_quant_hf.evaluation import search_overrides
     from mono_quant_hf.hub.checkpoint import local_folder
+    from mono_quant_hf.hub.estimate import bytes_when_quantized
     from mono_quant_hf.hub.folders import check_destination, written_beside
-    from mono_quant_hf.hub.importing import add_companions, bytes_when_quantized
+    from mono_quant_hf.hub.importing import add_companions
 
     check_output_files(arguments.json, arguments.png, destination=arguments.save)
     if arguments.save:
@@ -73,10 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
     check_png(arguments.png)
     if is_quantized(config_of(arguments.model)):
         raise CommandError(f"{arguments.model} is quantized already; give the float model it was made from.")
-    config = MonoQuantConfig(symmetric=arguments.symmetric)
+    config = settings(arguments)
+    if config.weights != "int8":
+        raise CommandError(f"search chooses {config.weights} where it is worth it; leave --weights out.")
     source = local_folder(arguments.model)
     if arguments.max_size:
-        _check_size(arguments, source)
+        _check_size(arguments, source, config)
     with written_beside(arguments.save) if arguments.save else nullcontext() as new:
         if new is not None:
             check_room(new, bytes_when_quantized(source, config, dtype_of(arguments.dtype)), "The model")
@@ -93,11 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
             )
         except (ValueError, TypeError) as problem:
             raise CommandError(str(problem)) from problem
+        usual = config.as_code().removesuffix(")")
+        config.module_overrides = result.module_overrides or None
         if new is not None:
-            chosen = MonoQuantConfig(
-                symmetric=arguments.symmetric, module_overrides=result.module_overrides or None
-            )
-            quantized: Any = quantize_model(model, chosen)
+            quantized: Any = quantize_model(model, config)
             quantized.save_pretrained(new)
             add_companions(arguments.model, source, new, arguments.save)
     overrides = "".join(
@@ -106,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     text = (
         f"{result.table()}\n\n{result.bytes / 1e6:,.2f} MB of {result.float_bytes / 1e6:,.2f} MB in float, mean KL "
         f"divergence {result.kl:.3g} nats (measured).\n\n"
-        f"MonoQuantConfig(symmetric={arguments.symmetric}, module_overrides={{\n{overrides}}})"
+        f"{usual}, module_overrides={{\n{overrides}}})"
     )
     show(arguments, text, result.to_dict())
     if arguments.png:
@@ -119,25 +122,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_size(arguments: argparse.Namespace, source: Path) -> None:
+def _check_size(arguments: argparse.Namespace, source: Path, config: MonoQuantConfig) -> None:
     """Refuse, before the work and not after it, a size below that of all in int8, embeddings included."""
     from mono_quant_hf import MonoQuantConfig
-    from mono_quant_hf.hub.importing import bytes_when_quantized
+    from mono_quant_hf.hub.estimate import bytes_when_quantized
 
     smallest = bytes_when_quantized(
-        source, MonoQuantConfig(quantize_embeddings=True), dtype_of(arguments.dtype)
+        source,
+        MonoQuantConfig(symmetric=config.symmetric, quantize_embeddings=True),
+        dtype_of(arguments.dtype),
     )
     if arguments.max_size < smallest:
         raise CommandError(
             f"--max-size {arguments.max_size / 1e6:,.2f}MB is less than all of {arguments.model} takes in int8 "
             f"({smallest / 1e6:,.2f} MB); give more."
         )
-
-
-def _bytes(value: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
-    if not match or match[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is not a size with a unit; write it as 150MB, 1.5GB or 120MiB"
-        )
-    return round(float(match[1]) * _UNITS[match[2]])

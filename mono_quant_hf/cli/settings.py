@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mono_quant_hf.json_files import read_json
-from mono_quant_hf.names import ACTIVATION_TYPES, OVERRIDE_WEIGHT_TYPES, QUANT_METHOD, WEIGHT_TYPES
+from mono_quant_hf.names import (
+    ACTIVATION_TYPES,
+    OF_ONE_SAVE,
+    OVERRIDE_WEIGHT_TYPES,
+    QUANT_METHOD,
+    WEIGHT_TYPES,
+)
 
 from .errors import CommandError
 
 if TYPE_CHECKING:
     from mono_quant_hf import MonoQuantConfig
 
-_NOT_SETTINGS = ("quant_method", "checksums", "format_version")
 _FIELDS = {
     "weights": "weights",
     "symmetric": "symmetric",
@@ -103,7 +108,7 @@ def _read(file: Path) -> dict[str, Any]:
         )
     if (method := found.get("quant_method", QUANT_METHOD)) != QUANT_METHOD:
         raise CommandError(f"--config {file} is for the method {method!r}, not for {QUANT_METHOD!r}.")
-    return {name: value for name, value in found.items() if name not in _NOT_SETTINGS}
+    return {name: value for name, value in found.items() if name not in ("quant_method", *OF_ONE_SAVE)}
 
 
 def _override(value: str) -> tuple[str, dict[str, Any]]:

@@ -40,7 +40,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--float", dest="float_model", metavar="MODEL", help="the float model that it was made from"
     )
-    command.add_argument("--revision", metavar="REV", help="of a checkpoint on the Hub")
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a checkpoint on the Hub")
     command.add_argument(
         "--top",
         type=int,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from mono_quant_hf.evaluation.plots import draw_frontier, save_png
 from mono_quant_hf.evaluation.results import Result, aligned
 from mono_quant_hf.evaluation.sensitivity import OutputChange, batches_of
 from mono_quant_hf.integration.selection import decide
+from mono_quant_hf.integration.tying import input_embeddings_and_heads
 from mono_quant_hf.modules import quantized_class_for
 
 INT8, FLOAT16, FLOAT = "int8", "float16", "float"
@@ -48,7 +51,8 @@ class SearchResult(Result):
     """What the search found.
 
     Attributes:
-        module_overrides: for `MonoQuantConfig(module_overrides=...)`: the modules that are not int8.
+        module_overrides: for `MonoQuantConfig(module_overrides=...)`: those of the config that was given, and the
+            modules that are not int8.
         bytes: of all parameters of the model with these overrides.
         kl: its mean KL divergence from the float model, measured, in nats.
         float_bytes: of the float model.
@@ -125,7 +129,8 @@ def search_overrides(
         inputs: batches, as for `quantization_report`.
         max_bytes: budget for all parameters of the model.
         max_kl: budget for the mean KL divergence from the float model, in nats. One of the two must be given.
-        config: for int8: symmetric or not, and modules that stay in float; its overrides are not looked at.
+        config: how int8 is made, and what is not chosen for: modules that stay in float, those that its overrides
+            name, and embeddings. `weights` is not looked at.
         progress: show a progress bar.
 
     Raises:
@@ -145,18 +150,23 @@ def search_overrides(
     budgets = [budget for budget in (max_bytes, max_kl) if budget is not None]
     if len(budgets) != 1 or budgets[0] <= 0:
         raise ValueError(f"Expected one budget above 0, got max_bytes={max_bytes} and max_kl={max_kl}.")
-    forms = _forms(model, config or MonoQuantConfig())
+    config = config or MonoQuantConfig()
+    forms, given = _forms(model, config)
     measure = OutputChange(model, batches_of(inputs))
     if not forms or not measure.is_logits:
         lacks = (
             "logits, by whose KL divergence modules are chosen" if forms else "modules that can be quantized"
         )
         raise TypeError(f"{type(model).__name__} has no {lacks}.")
-    return _Frontier(model, forms, measure, progress).result(max_bytes, max_kl)
+    found = _Frontier(model, forms, given, measure, progress).result(max_bytes, max_kl)
+    return replace(found, module_overrides={**(config.module_overrides or {}), **found.module_overrides})
 
 
 Forms = Mapping[str, Mapping[str, nn.Module]]
 """`{module name: {form: module}}`"""
+
+Given = Mapping[str, tuple[nn.Module, int]]
+"""`{module name: (its form by the settings, by how many bytes that changes the model)}` of what is not chosen for."""
 
 
 class _Frontier:
@@ -167,8 +177,10 @@ class _Frontier:
         totals: bytes of all parameters of each.
     """
 
-    def __init__(self, model: nn.Module, forms: Forms, measure: OutputChange, progress: bool):
+    def __init__(self, model: nn.Module, forms: Forms, given: Given, measure: OutputChange, progress: bool):
         self.forms, self.measure = forms, measure
+        self.given = {name: made for name, (made, _) in given.items()}
+        self.given_cost = measure(self.given) if given else 0.0
         self.float_bytes = sum(p.nbytes for p in model.parameters())
         self.sizes = {name: {form: _bytes(m) for form, m in made.items()} for name, made in forms.items()}
         self.costs: dict[str, dict[str, float]] = {name: {FLOAT: 0.0} for name in forms}
@@ -181,8 +193,9 @@ class _Frontier:
         self.states = [dict.fromkeys(forms, INT8)]
         for _, name, form in self._steps:
             self.states.append(self.states[-1] | {name: form})
+        fixed = self.float_bytes + sum(change for _, change in given.values())
         self.totals = [
-            self.float_bytes + sum(self.sizes[n][form] - self.sizes[n][FLOAT] for n, form in state.items())
+            fixed + sum(self.sizes[n][form] - self.sizes[n][FLOAT] for n, form in state.items())
             for state in self.states
         ]
         self._measured: dict[int, float] = {}
@@ -206,6 +219,7 @@ class _Frontier:
         """Measured, in nats."""
         if index not in self._measured:
             modules = {n: self.forms[n][form] for n, form in self.states[index].items() if form != FLOAT}
+            modules |= self.given
             self._measured[index] = self.measure(modules) if modules else 0.0
         return self._measured[index]
 
@@ -239,13 +253,13 @@ class _Frontier:
 
     def points(self) -> tuple[Point, ...]:
         """Each state; predictions are scaled to what all modules in int8 were measured to cost."""
-        apart = sum(cost[INT8] for cost in self.costs.values())
+        apart = sum((cost[INT8] for cost in self.costs.values()), self.given_cost)
         scale = self.kl(0) / apart if apart > 0 else 1.0
         changes = ["", *(f"{name} → {form}" for _, name, form in self._steps)]
         return tuple(
             Point(
                 bytes=self.totals[index],
-                predicted_kl=scale * sum(self.costs[n][form] for n, form in state.items()),
+                predicted_kl=scale * sum((self.costs[n][form] for n, form in state.items()), self.given_cost),
                 measured_kl=self._measured.get(index),
                 changed=changes[index],
                 float16=sum(form == FLOAT16 for form in state.values()),
@@ -255,26 +269,36 @@ class _Frontier:
         )
 
 
-def _forms(model: nn.Module, config: MonoQuantConfig) -> dict[str, dict[str, nn.Module]]:
-    """`{module name: {form: module}}` of what can be int8; float16 only where it is smaller than the float module."""
-    base = MonoQuantConfig(
-        symmetric=config.symmetric,
-        modules_to_not_convert=config.modules_to_not_convert,
-    )
+def _forms(
+    model: nn.Module, config: MonoQuantConfig
+) -> tuple[dict[str, dict[str, nn.Module]], dict[str, tuple[nn.Module, int]]]:
+    """The forms of what can be int8, float16 only where it is smaller than the float module; and what is given."""
+    base = copy.deepcopy(config)
+    base.weights = INT8
+    embeddings = input_embeddings_and_heads(model)
     forms: dict[str, dict[str, nn.Module]] = {}
+    given: dict[str, tuple[nn.Module, int]] = {}
     for decision in decide(model, base):
+        named = decision.reason.startswith("module_overrides")
         if not decision.quantized or decision.module == "":
             continue
         module = model.get_submodule(decision.module)
         quantized_class = quantized_class_for(module)
         assert quantized_class is not None
-        made: dict[str, nn.Module] = {FLOAT: module}
-        made[INT8] = quantized_class.from_float(module, INT8, bool(decision.symmetric), decision.module)
+        make = partial(quantized_class.from_float, module, name=decision.module)
+        as_decided = make(decision.weights, bool(decision.symmetric), activations=decision.activations)
+        if named or decision.module in embeddings:
+            change = (
+                _bytes(as_decided) - _bytes(module) if decision.parameters else 0
+            )  # a tied one counts once
+            given[decision.module] = as_decided, change
+            continue
+        made: dict[str, nn.Module] = {FLOAT: module, INT8: as_decided}
         weights = [module.get_parameter(name) for name in quantized_class.weight_axes]
         if all(w.dtype.itemsize > 2 and float(w.detach().abs().max()) <= FLOAT16_MAX for w in weights):
-            made[FLOAT16] = quantized_class.from_float(module, FLOAT16, False, decision.module)
+            made[FLOAT16] = make(FLOAT16, False)
         forms[decision.module] = made
-    return forms
+    return forms, given
 
 
 def _bytes(module: nn.Module) -> int:

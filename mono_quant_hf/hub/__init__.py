@@ -2,6 +2,7 @@
 
 from .card import model_card
 from .errors import HubError
+from .estimate import Estimate, estimate
 from .evaluation import Evaluation
 from .export import export
 from .importing import quantize_checkpoint
@@ -10,9 +11,11 @@ from .verify import ComparedWeight, Verification, verify_checkpoint
 
 __all__ = [
     "ComparedWeight",
+    "Estimate",
     "Evaluation",
     "HubError",
     "Verification",
+    "estimate",
     "export",
     "model_card",
     "push_to_hub",

@@ -14,11 +14,11 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from mono_quant_hf.config import FIELDS, MonoQuantConfig
-from mono_quant_hf.integration.selection import Decision, quantized_share
+from mono_quant_hf.integration.selection import EMBEDDINGS_OFF, Decision, quantized_share
 from mono_quant_hf.integration.tags import tags_of
 from mono_quant_hf.versions import OWN
 
+from .card_examples import example_of
 from .checkpoint import HUB_ID, CheckpointFacts, read_facts
 from .errors import HubError
 from .evaluation import Evaluation
@@ -190,28 +190,33 @@ def _words(facts: CheckpointFacts, folder: Path, base: Any) -> dict[str, Any]:
         scheme = f"int8 weights with a scale{zero_points} per output channel"
     if config.activations:
         scheme += " and int8 activations"
-    default = MonoQuantConfig()
-    settings = [f"weights={config.weights!r}"]
-    for name in FIELDS:
-        if name not in ("weights", "checksums", "format_version"):
-            value = getattr(config, name)
-            settings += [f"{name}={value!r}"] if value != getattr(default, name) else []
     processor = _processor(folder)
     return {
         "introduction": f"{', '.join(bases) or facts.architecture} with {scheme}, quantized by mono_quant_hf.",
         "auto_class": facts.auto_class,
         "processor": processor,
+        "example": example_of(folder, facts, processor[1] if processor else ""),
         "loads": ", ".join(sorted({facts.auto_class, *processor[:1]})),
         "groups": _rows(facts.decisions, quantized=True),
         "kept": _rows(facts.decisions, quantized=False),
         "share": f"{quantized_share(facts.decisions):.1%}",
+        "more": _what_would_help(facts),
         "size": f"{facts.bytes_on_disk / 1e6:,.2f}",
         "float_size": f"{facts.bytes_as_float / 1e6:,.2f}",
         "version": OWN,
         "transformers_version": transformers.__version__,
         "torch_version": torch.__version__.partition("+")[0],
-        "settings": fenced(f"MonoQuantConfig({', '.join(settings)})", "python"),
+        "settings": fenced(config.as_code(), "python"),
     }
+
+
+def _what_would_help(facts: CheckpointFacts) -> str:
+    """A sentence where less than half was quantized, and embeddings are a part of what was not."""
+    tables = sum(d.parameters for d in facts.decisions if d.reason == EMBEDDINGS_OFF)
+    if not tables or quantized_share(facts.decisions) >= 0.5:
+        return ""
+    total = sum(d.parameters for d in facts.decisions)
+    return f"The embeddings hold {tables / total:.1%}: `quantize_embeddings=True` quantizes them too."
 
 
 def _processor(folder: Path) -> tuple[str, ...]:

@@ -83,8 +83,15 @@ def local_folder(source: str | os.PathLike[str], revision: str | None = None) ->
     name = str(source)
     if not is_hub_id(name):
         raise HubError(f"{name} is neither a folder nor the name of a model on the Hub (owner/name).")
-    try:
+    with hub_errors(name):
         return Path(snapshot_download(name, revision=revision, ignore_patterns=_unused(name, revision)))
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """What keeps a model on the Hub from being downloaded is a HubError in one sentence."""
+    try:
+        yield
     except GatedRepoError as problem:
         said = f"{name} is gated: ask for access on its page on the Hub, and log in (hf auth login)."
         raise HubError(said) from problem

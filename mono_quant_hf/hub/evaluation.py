@@ -31,7 +31,7 @@ METRICS = [
     Metric("reference_perplexity", "perplexity of the float model", "perplexity", ".4f"),
     Metric("kl_mean", "mean KL divergence from the float model, nats", "kl_divergence", ".3g"),
     Metric("kl_p99", "99th percentile of it, nats", "kl_divergence", ".3g"),
-    Metric("top1_agreement", "same top-1 answer as the float model", "accuracy", ".2%"),
+    Metric("top1_agreement", "same top-1 answer as the float model", "agreement", ".2%"),
     Metric(
         "cosine_mean", "mean cosine similarity with the float model's embeddings", "cosine_similarity", ".6f"
     ),

@@ -24,9 +24,8 @@ from mono_quant_hf.calibration.samples import reads_text
 from mono_quant_hf.config import MonoQuantConfig
 from mono_quant_hf.files import check_room, scratch_folder
 from mono_quant_hf.integration import quantize_model
-from mono_quant_hf.integration.selection import aliases_of, decide
+from mono_quant_hf.integration.selection import aliases_of
 from mono_quant_hf.json_files import read_json
-from mono_quant_hf.modules.base import STORAGE_DTYPES
 from mono_quant_hf.names import QUANT_METHOD
 from mono_quant_hf.versions import require
 from mono_quant_hf.weight_files import INDEX, StoredTensor, opener, read_headers, weight_files
@@ -43,6 +42,7 @@ from .checkpoint import (
     skeleton_of,
 )
 from .errors import HubError
+from .estimate import bytes_when_quantized
 from .export.bitsandbytes import ROW_MAJOR
 from .export.compressed_tensors import unpack
 from .folders import check_destination, copy_companions, written_beside
@@ -203,20 +203,6 @@ class _Import:
         _convert_files(folder, new, convert)
         _write_config(folder, new, config)
         return folder
-
-
-def bytes_when_quantized(folder: Path, config: MonoQuantConfig, dtype: Any) -> int:
-    """About what the quantized model of a float one takes on disk; more, where modules are left in float."""
-    skeleton = skeleton_of(folder)
-    recorded: Any = skeleton.config.dtype or torch.float32
-    itemsize = (dtype if isinstance(dtype, torch.dtype) else recorded).itemsize
-    alike = MonoQuantConfig(weights=config.weights, quantize_embeddings=config.quantize_embeddings)
-    quantized = {decision.module for decision in decide(skeleton, alike) if decision.quantized}
-    stored = STORAGE_DTYPES[config.weights].itemsize
-    return sum(
-        p.numel() * (stored if p.dim() > 1 and name.rpartition(".")[0] in quantized else itemsize)
-        for name, p in skeleton.named_parameters()
-    )
 
 
 def add_companions(source: Any, folder: Path, new: Path, destination: str | os.PathLike[str]) -> None:

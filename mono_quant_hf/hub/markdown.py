@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from mono_quant_hf.texts import one_line
 
-_PLAIN = re.compile(r"\w[\w ,;'()-]*(?<!_)")
+_PLAIN = re.compile(r"\w(?:[\w ,;'()-]|(?<=\d)\.(?=\d))*(?<!_)")
 
 
 def code_span(text: str) -> str:
@@ -28,8 +28,8 @@ def phrase(text: str) -> str:
     """The text as it is where it is only words, else as code.
 
     Example:
-        >>> phrase("output head or tied weight"), phrase("www.example.org")
-        ('output head or tied weight', '`www.example.org`')
+        >>> phrase("the help topics of Python 3.11"), phrase("www.example.org")
+        ('the help topics of Python 3.11', '`www.example.org`')
     """
     return text if _PLAIN.fullmatch(text) and "__" not in text and " _" not in text else code_span(text)
 
@@ -43,5 +43,5 @@ def fenced(text: str, language: str = "") -> str:
 
 def picture(words: str, path: str) -> str:
     """A picture of the same folder."""
-    words = re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", one_line(words))
+    words = re.sub(r"([!-,./:-@\[-`{-~])", r"\\\1", one_line(words))
     return f"![{words}]({quote(path)})"

@@ -1,6 +1,6 @@
 """Where the package meets transformers: loading, saving, and the choice of modules."""
 
-from mono_quant_hf.autoload import make_room
+from mono_quant_hf.autoload import fill_once_imported, make_room
 from mono_quant_hf.versions import check_versions
 
 check_versions()  # before what would fail on another version
@@ -13,6 +13,8 @@ from .in_memory import quantize_model  # noqa: E402
 from .quantizer import MonoQuantHfQuantizer  # noqa: E402
 from .saving import load_quantized, save_quantized  # noqa: E402
 from .selection import Decision, quantized_share  # noqa: E402
+
+fill_once_imported("diffusers.quantizers.auto")
 
 __all__ = [
     "Decision",

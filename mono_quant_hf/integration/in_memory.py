@@ -113,8 +113,7 @@ def quantize_model(
     elif callable(register := getattr(model, "register_to_config", None)) and any(
         d.quantized for d in decisions
     ):
-        # diffusers has no registry for quantizers of others: saved by itself, with this in its config, it refuses to
-        # load the model, which load_quantized does, and does not read codes as weights.
+        # A model of diffusers: saved by itself or in its pipeline, this says that codes are no weights.
         register(quantization_config=config_of_modules(model).to_dict())
     if any(d.quantized for d in decisions):
         attach_to_owners(model)

@@ -41,6 +41,8 @@ logger = logging.getLogger("mono_quant_hf")
 
 CONFIG_FILE = "config.json"
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
+DIFFUSERS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+"""The names by which diffusers finds the weights of its own models."""
 ALIGNMENT = 64
 """In bytes, of what torch allocates. A tensor in the memory map of a file starts at any multiple of 8, and the last
 bits of a float product depend on that."""
@@ -181,7 +183,8 @@ def save_quantized(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there already; name a new folder.")
     with folder_written_aside(target) as new:
-        save_torch_state_dict(tensors, new, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
+        pattern = DIFFUSERS_PATTERN if hasattr(model, "register_to_config") else WEIGHTS_PATTERN
+        save_torch_state_dict(tensors, new, filename_pattern=pattern, max_shard_size=max_shard_size)
         written = read_headers(sorted(new.glob("*.safetensors")))
         config.checksums = checksums_of_tensors(((name, tensors[name]) for name in written), config)
         content = _own_config(model) | {"quantization_config": config.to_dict()}

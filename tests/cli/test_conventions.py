@@ -19,8 +19,10 @@ from tests import tiny_models
 from tests.evaluation.conftest import make_llama
 
 COMMANDS = [
+    "chat",
     "compile",
     "demo",
+    "estimate",
     "evaluate",
     "export",
     "generate",
@@ -91,9 +93,10 @@ def test_every_command_is_in_the_help(capsys):
     ("arguments", "key"),
     [
         (["inspect", "{}/int8"], "modules"),
-        (["evaluate", "{}/float", "{}/int8", "--max-tokens", "64"], "kl_mean"),
+        (["evaluate", "{}/int8", "--float", "{}/float", "--max-tokens", "64"], "kl_mean"),
         (["search", "{}/float", "--max-size", "1GB", "--max-tokens", "64"], "module_overrides"),
         (["generate", "{}/float", "--prompt", "a", "--max-new-tokens", "4"], "answer"),
+        (["estimate", "{}/float"], "forms"),
         (["verify", "{}/int8", "--float", "{}/float"], "flaws"),
         (["quantize", "{}/float", "{new}"], "bytes"),
         (["export", "{}/int8", "{new}", "--format", "compressed-tensors"], "destination"),

@@ -98,7 +98,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys):
     quantize_model(make_llama()).save_pretrained(tmp_path / "int8")
     for arguments, word in [
         (["./nothing"], "no folder"),
-        ([tmp_path / "int8"], "float model first"),
+        ([tmp_path / "int8"], "with --float"),
         ([tmp_path / "float", tmp_path / "float"], "not quantized"),
         ([tmp_path / "float", tmp_path / "int8", "--weights", "int8"], "not both"),
         ([tmp_path / "float", "--weights", "float16", "--symmetric"], "--symmetric"),

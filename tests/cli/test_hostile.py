@@ -33,6 +33,7 @@ COMMANDS = {
     "export": ["export", "{int8}", "{new}", "--format", "bitsandbytes"],
     "export to GGUF": ["export", "{int8}", "{new}.gguf", "--format", "gguf"],
     "push": ["push", "{int8}", "me/model"],
+    "estimate": ["estimate", "{float}"],
 }
 """With the folders that are hostile in braces; what is sound is in {sound}."""
 
@@ -258,7 +259,7 @@ HOSTILE = {
     "codes without a word of it": (
         without_a_word_of_it,
         OURS_AND_COMPRESSED,
-        "holds int8 codes|that its config.json asks for|is float, not quantized|is not quantized; give",
+        "holds int8 codes|that its config.json asks for|is float, not quantized|is not quantized; name",
     ),
     "weights": (settings(weights="int7\x1b"), INT8, r"config.json: MonoQuantConfig: weights='int7\x1b'"),
     "an unknown field": (settings(evil="\u202e"), INT8, "config.json: MonoQuantConfig has no field 'evil'"),

@@ -10,19 +10,8 @@ from mono_quant_hf.calibration import Compensation
 from mono_quant_hf.cli.main import parser
 from mono_quant_hf.hub.export import FORMATS
 from mono_quant_hf.names import EXPORT_FORMATS
+from tests.cli.test_conventions import COMMANDS
 
-COMMANDS = (
-    "compile",
-    "demo",
-    "evaluate",
-    "export",
-    "generate",
-    "inspect",
-    "push",
-    "quantize",
-    "search",
-    "verify",
-)
 # Ends as the installed script does, and says what was imported; or says when torch is being imported.
 SCRIPT = """
 import builtins, signal, sys

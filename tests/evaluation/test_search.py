@@ -10,7 +10,7 @@ from torch import nn
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.cli.main import main
 from mono_quant_hf.evaluation import search_overrides
-from mono_quant_hf.hub.importing import bytes_when_quantized
+from mono_quant_hf.hub.estimate import bytes_when_quantized
 from tests import tiny_models
 from tests.evaluation.conftest import TEXT, make_llama, make_tokenizer
 
@@ -64,6 +64,28 @@ def test_the_frontier_goes_from_int8_to_float():
     assert "> " in result.table() and type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_the_config_settles_is_not_chosen_for(tied):
+    model = tiny_models.llama(tied=tied)
+    config = MonoQuantConfig(
+        symmetric=True,
+        quantize_embeddings=True,
+        modules_to_not_convert=["o_proj"],
+        module_overrides={"*.down_proj": {"weights": "float16"}, "*.up_proj": {"weights": "float"}},
+    )
+    worst = copy.deepcopy(model)
+    result = search_overrides(
+        model, INPUTS, max_kl=kl_of(model, quantize_model(worst, config)) * 0.9, config=config
+    )
+    chosen = {name for name in result.module_overrides if "*" not in name}
+    assert [*result.module_overrides][:2] == [*config.module_overrides] and chosen
+    assert all(name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj")) for name in chosen)
+    config.module_overrides = result.module_overrides
+    made = quantize_model(copy.deepcopy(model), config)
+    assert bytes_of(made) - result.bytes == 4  # the number that says the dtype where the embedding is codes
+    assert kl_of(model, made) == pytest.approx(result.kl, rel=1e-3)
+
+
 def test_a_size_that_cannot_be_reached_is_said():
     result = search_overrides(tiny_models.llama(), INPUTS, max_bytes=10)
     assert not result.met and result.chosen == 0
@@ -96,12 +118,14 @@ def test_the_command(tmp_path, capsys):
         str(tmp_path / "mixed"),
         "--json",
         str(tmp_path / "s.json"),
+        "--symmetric",
     ]
     assert main(saved) == 0
     found = json.loads((tmp_path / "s.json").read_text())
     assert "module_overrides" in capsys.readouterr().out and found["kl"] <= 2e-5
     config = json.loads((tmp_path / "mixed" / "config.json").read_text())
     assert config["quantization_config"]["module_overrides"] == found["module_overrides"]
+    assert config["quantization_config"]["symmetric"]
     least = bytes_when_quantized(
         tmp_path / "float", MonoQuantConfig(quantize_embeddings=True), torch.float32
     )  # of the codes; the scales do not fit beside them

@@ -46,6 +46,19 @@ def language_model(tmp_path):
     return tmp_path / "model"
 
 
+def test_quickstart_notebook(language_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (language_model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"]).replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(language_model))
+            exec(compile(code, cell["id"], "exec"), names)
+    said = capsys.readouterr().out
+    assert "int8, embeddings too" in said and "MB in memory" in said and "embed_tokens int8" in said
+
+
 def test_quantize_and_push(language_model, tmp_path):
     assert "nothing is wrong" in run("quantize_and_push.py", language_model, tmp_path / "int8")
     assert verify_checkpoint(tmp_path / "int8", language_model).ok

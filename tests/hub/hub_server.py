@@ -388,19 +388,20 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in commit.files:
             raise _Refused(404, "Entry not found", "EntryNotFound")
         content = self.hub.contents[commit.files[path]]
-        start = 0
-        if wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
-            start = int(wanted[1])
-        self.send_response(206 if start else 200)
+        start, end = 0, len(content)
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            start, end = int(wanted[1]), min(end, int(wanted[2] or end) + 1)
+        part = content[start:end]
+        self.send_response(206 if len(part) < len(content) else 200)
         self.send_header("ETag", f'"{self.git_oid(commit, path)}"')
         self.send_header("X-Repo-Commit", commit.oid)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        if len(part) < len(content):
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[start:])
+            self.wfile.write(part)
 
 
 NAME = r"([\w.-]+/[\w.-]+)"

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import BertConfig, BertModel, ViTImageProcessor
 
 from mono_quant_hf import MonoQuantConfig, quantize_model
 from mono_quant_hf.hub import HubError, model_card
 from mono_quant_hf.hub.card import END, START, TEMPLATE, check_card
 from mono_quant_hf.hub.checkpoint import auto_class_of
 from tests import tiny_models
+from tests.evaluation.conftest import make_tokenizer
 
 FOLDER = Path(__file__).parent.parent.parent / "model_cards"
 FINISHED = sorted(FOLDER.glob("*-int8.md"))
@@ -59,6 +62,57 @@ def test_other_tasks(tmp_path, make, auto_class, task, kinds):
     assert all(f"| `{kind}` | int8, symmetric |" in card.text for kind in kinds)
     assert "A note." in card.text and "| samples | 6 |" in card.text
     assert "base_model" not in card.data.to_dict()
+
+
+def text_encoder():
+    return tiny_models.bert().bert
+
+
+def chat(folder):
+    make_tokenizer().save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+
+
+@pytest.mark.parametrize(
+    ("make", "prepare", "word"),
+    [
+        (
+            tiny_models.llama,
+            lambda folder: make_tokenizer().save_pretrained(folder),
+            "tokenizer.decode(model.generate",
+        ),
+        (tiny_models.llama, chat, "apply_chat_template"),
+        (text_encoder, lambda folder: make_tokenizer().save_pretrained(folder), "embeddings = "),
+        (tiny_models.bert, lambda folder: make_tokenizer().save_pretrained(folder), "id2label"),
+        (tiny_models.vit, ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained, "picture.png"),
+    ],
+    ids=["text", "chat", "embeddings", "class of text", "class of picture"],
+)
+def test_the_code_of_a_card_runs(make, prepare, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "me" / "model"
+    quantize_model(make()).save_pretrained(folder)
+    prepare(folder)
+    Image.new("RGB", (40, 40)).save("picture.png")
+    text = model_card(folder, "me/model").text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert word in code
+    exec(compile(code, "card", "exec"), {})
+
+
+def test_a_card_says_what_would_help_where_little_is_quantized(tmp_path):
+    said = "`quantize_embeddings=True` quantizes them too"
+    for vocabulary, little in [(64, False), (4096, True)]:
+        config = BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=16,
+        )
+        quantize_model(BertModel(config)).save_pretrained(tmp_path / str(little))
+        assert (said in model_card(tmp_path / str(little), "me/model").text) == little
 
 
 def test_a_tied_weight_counts_once(tmp_path):

@@ -210,16 +210,105 @@ def test_quantized_saved_and_reloaded_in_its_pipeline(make, config, tmp_path):
     assert relative_error(quantized_image, image(make, pipe)) < 1e-3
 
 
-def test_a_pipeline_saved_as_a_whole_is_not_read_as_float(tmp_path):
-    pipe = ddpm()
-    quantize_model(pipe.unet)
-    expected = image(ddpm, pipe)
+def load(folder, **options):
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+
+
+def without(pipe):
+    """The components that a pipeline does without, to be named when it is loaded."""
+    return {name: part for name, part in pipe.components.items() if part is None}
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [*((make, MonoQuantConfig()) for make in INPUTS), (dit, MonoQuantConfig(weights="float16"))],
+)
+def test_diffusers_itself_quantizes_saves_and_loads(make, config, tmp_path):
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "float", max_shard_size="20KB")
+    component = component_of(pipe)
+    how = diffusers.PipelineQuantizationConfig(quant_mapping={component: config})
+    loaded = load(tmp_path / "float", quantization_config=how, **without(pipe))
+    quantize_model(getattr(pipe, component), config)
+    expected = image(make, pipe)
+    assert torch.equal(image(make, loaded), expected)
+    for saved, name in ((loaded, "loaded"), (pipe, "in_memory")):
+        saved.save_pretrained(tmp_path / name)
+        again = load(tmp_path / name, **without(pipe))
+        assert torch.equal(image(make, again), expected)
+    reloaded = getattr(again, component)
+    assert {d.weights for d in reloaded.hf_quantizer.decisions if d.quantized} == {config.weights}
+    setattr(pipe, component, reloaded.dequantize())
+    assert relative_error(image(make, pipe), expected) < 1e-3
+    assert not any(isinstance(module, QuantizedModule) for module in reloaded.modules())
+    reloaded.save_pretrained(tmp_path / "float_again")
+    again = type(reloaded).from_pretrained(tmp_path / "float_again")
+    assert not hasattr(again, "hf_quantizer") and "quantization_config" not in again.config
+
+
+def test_a_backend_by_name_quantizes_parts_of_both_libraries(tmp_path):
+    pipe = stable_diffusion()
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="mono_quant"):
-        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    unet = load_quantized(diffusers.UNet2DModel, tmp_path / "unet")
-    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, unet=unet)
-    assert torch.equal(image(ddpm, again), expected)
+    how = diffusers.PipelineQuantizationConfig(
+        quant_backend="mono_quant", quant_kwargs={"symmetric": True}, components_to_quantize=["unet"]
+    )
+    loaded = load(tmp_path, quantization_config=how, **without(pipe))
+    assert loaded.unet.conv_in.quantization.symmetric and isinstance(loaded.vae.encoder.conv_in, nn.Conv2d)
+    assert not isinstance(loaded.vae.encoder.conv_in, QuantizedModule)
+
+
+def test_codes_are_those_of_the_checkpoint_whatever_the_dtype(tmp_path):
+    model = dit().transformer
+    model.save_pretrained(tmp_path / "float")
+    load = type(model).from_pretrained
+    config = MonoQuantConfig()
+    loaded = load(tmp_path / "float", quantization_config=config, torch_dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    stored = {
+        name: tensor for name, tensor in quantize_model(model, config).state_dict().items() if "_int8" in name
+    }
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in stored.items()) and stored
+    loaded.save_pretrained(tmp_path / "int8")
+    again = load(tmp_path / "int8", torch_dtype=torch.float16)
+    assert (
+        again.dtype == torch.float16
+        and again.transformer_blocks[0].ff.net[2].weight_scale.dtype == torch.float32
+    )
+    with pytest.raises(ValueError, match="without the disk"):
+        load(
+            tmp_path / "float",
+            quantization_config=config,
+            device_map={"": "disk"},
+            offload_folder=tmp_path / "offload",
+        )
+
+
+def test_what_save_quantized_wrote_is_loaded_and_checked_by_diffusers(tmp_path):
+    model = quantize_model(ddpm().unet)
+    save_quantized(model, tmp_path, max_shard_size="20KB")
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    file = next(tmp_path.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is not what was saved with this config\.json"):
+        type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["mono_quant_hf", "diffusers.quantizers.auto"])
+def test_registered_whichever_is_imported_first(first):
+    code = f"""
+import {first}
+import mono_quant_hf, diffusers
+kept = {{"unet": mono_quant_hf.MonoQuantConfig()}}
+diffusers.PipelineQuantizationConfig(quant_mapping=kept)
+diffusers.PipelineQuantizationConfig(quant_backend="mono_quant", quant_kwargs={{"weights": "int8"}})
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert AUTO_QUANTIZER_MAPPING["mono_quant"].__name__ == "MonoQuantDiffusersQuantizer"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_half_precision_keeps_the_dtype_that_the_pipeline_casts_to(tmp_path):
