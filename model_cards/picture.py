@@ -33,7 +33,7 @@ def figures() -> dict[str, tuple[float, float, float]]:
             if not line.startswith("|"):
                 break
             continue
-        found[name] = float(cells[8].split(",")[0]), float(cells[0].split()[0]), float(cells[9])
+        found[name] = float(cells[6].split(",")[0]), float(cells[0].split()[0]), float(cells[7])
     return found
 
 
