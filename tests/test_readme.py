@@ -167,10 +167,11 @@ OF_OTHERS = {
     "compressed_tensors_w8a8_int8",
     "compressed_tensors_wNa16",
     "llm_int8_enable_fp32_cpu_offload",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
     "max_memory_percent",
     "prepare_model_for_kbit_training",
     "test_readme",
-    "TORCHINDUCTOR_CACHE_DIR",
 }
 """Names that are in no file but this."""
 

@@ -14,6 +14,7 @@ from tests import tiny_models
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+ReferenceEvaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
 
 MODELS = {
     "llama": tiny_models.llama,
@@ -93,13 +94,16 @@ def test_weights_are_int8_with_a_scale_for_each_channel(tmp_path, name):
         assert scale[1] == zero_point[1] == codes[1][:1]
 
 
-def test_int8_activations_are_integer_products(tmp_path):
+def test_int8_activations_are_integer_products(tmp_path, caplog):
     model = quantize_model(tiny_models.bert())
     export(model, tmp_path / "onnx", "onnx", activations="int8")
+    assert "without VNNI" in caplog.text
     nodes = {node.op_type for node in onnx.load(tmp_path / "onnx" / "model.onnx").graph.node}
     assert nodes >= {"MatMulInteger", "DynamicQuantizeLinear"} and "DequantizeLinear" not in nodes
     inputs = inputs_of(model)
-    assert relative_error(run(tmp_path / "onnx", inputs), expected(model, inputs)) < 0.05
+    exactly = ReferenceEvaluator(str(tmp_path / "onnx" / "model.onnx"))  # ONNX Runtime may saturate
+    (result,) = exactly.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    assert relative_error(torch.from_numpy(result), expected(model, inputs)) < 0.05
 
 
 def test_from_a_folder_by_the_command(tmp_path):

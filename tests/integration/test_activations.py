@@ -49,7 +49,7 @@ def test_config_overrides_save_and_reload(tmp_path):
         with use_kernel("portable"):
             exact = model(ids).logits
     assert not torch.equal(rounded, exact)
-    assert tiny_models.relative_error(rounded, exact) < 0.03
+    assert tiny_models.relative_error(rounded, exact) < 0.05  # 7 bits without VNNI
     floats = model.dequantize()
     assert not any(hasattr(module, "activations") for module in floats.modules())
 

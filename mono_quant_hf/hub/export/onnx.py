@@ -23,6 +23,7 @@ from mono_quant_hf.versions import require
 
 from .exporter import Exporter
 
+logger = logging.getLogger("mono_quant_hf")
 FILE = "model.onnx"
 FLOAT, INT8 = 1, 3
 """ONNX's numbers for dtypes."""
@@ -46,6 +47,11 @@ class OnnxExporter(Exporter):
         super().check_destination()
 
     def write(self) -> None:
+        if self.activations is not None:
+            logger.warning(
+                "ONNX Runtime saturates the integer products of this file on x86 processors without VNNI; there export "
+                "without int8 activations."
+            )
         model = self.model
         if model.device.type != "cpu" or model.dtype != torch.float32:
             model = copy.deepcopy(model).to("cpu", torch.float32)
